@@ -1,0 +1,49 @@
+"""The exceptions of ublk_loop; each is an OSError with errno set.
+
+Raised on any thread; only cli.py turns them into text for a person. A failed *request* is none of
+these: it is a negative errno, committed for its tag. Bad arguments are ValueError.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class UblkLoopError(OSError):
+    """Base of all errors here; ``errno`` is always set.
+
+    :param errno: a positive errno.
+    :param what: what was attempted and on what, such as ``START_DEV dev 3``.
+    :param hint: what the user may do about it, one sentence, or empty.
+    """
+
+    def __init__(self, errno: int, what: str, hint: str = "") -> None:
+        super().__init__(errno, os.strerror(errno))
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.what}: {self.strerror}"
+        return f"{text}: {self.hint}" if self.hint else text
+
+
+class DriverError(UblkLoopError):
+    """The driver or io_uring refused a command."""
+
+
+class BackingFileError(UblkLoopError):
+    """The backing file cannot be opened, sized or locked."""
+
+
+class DaemonError(UblkLoopError):
+    """A server process is absent, or refused or failed a request."""
+
+
+def check(result: int, what: str, hint: str = "") -> int:
+    """Return ``result`` of a call into C, or raise it as DriverError if it is -errno."""
+    if result < 0:
+        raise DriverError(-result, what, hint)
+    return result
+
+
+__all__ = ["BackingFileError", "DaemonError", "DriverError", "UblkLoopError", "check"]
