@@ -255,9 +255,13 @@ _Static_assert(offsetof(struct io_uring_sqe, cmd) == 48, "sqe->cmd");
 
 /* ---- the sqe: io_uring_prep_uring_cmd() came with liburing 2.6 ---- */
 
+#define UBLK_SQE_CMD_BYTES	16
+#define UBLK_SQE128_CMD_BYTES	80
+
 /*
  * Make @sqe the command @cmd_op on @fd and return its payload, zeroed:
- * @cmd_nr_bytes, at most 16, or 80 on a ring with IORING_SETUP_SQE128.
+ * @cmd_nr_bytes is UBLK_SQE_CMD_BYTES, or UBLK_SQE128_CMD_BYTES on a ring with
+ * IORING_SETUP_SQE128.
  */
 static inline void *ublk_sqe_prep(struct io_uring_sqe *sqe, int fd,
 				  uint32_t cmd_op, size_t cmd_nr_bytes)

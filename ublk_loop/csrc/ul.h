@@ -8,7 +8,7 @@
  * and destroys it once; "borrowed" handles must outlive the borrower.
  */
 
-/* ---- control.c: one ring for /dev/ublk-control; one thread at a time ---- */
+/* ---- control.c: one ring for /dev/ublk-control, one command at a time ---- */
 
 struct ul_control;
 
@@ -16,18 +16,24 @@ struct ul_control_cmd {
 	uint32_t	opcode;		/* ioctl-encoded, UBLK_U_CMD_* */
 	uint32_t	dev_id;
 	uint16_t	queue_id;	/* 0xffff: none */
-	uint16_t	dev_path_len;
-	uint32_t	nr_bytes;	/* of the payload, at most 64 KiB */
+	uint16_t	dev_path_len;	/* of the path that opens the payload */
+	uint32_t	nr_bytes;	/* of the payload, below 64 KiB */
 	uint64_t	data;		/* the command's data[0] */
 };
 
 int ul_control_create(int32_t control_fd, struct ul_control **control);
+/* A command that still runs keeps its payload: it is leaked, for the kernel. */
 void ul_control_destroy(struct ul_control *control);
-/* The payload is copied in before and out after the command. -ETIMEDOUT: the
- * command may still be running in the kernel; destroy this handle. */
-int ul_control_command_run(struct ul_control *control,
-			   const struct ul_control_cmd *cmd, void *payload,
-			   uint64_t timeout_ns);
+/* Copies the payload. -EBUSY: the last command has not ended. After any other
+ * error destroy the handle. */
+int ul_control_submit(struct ul_control *control,
+		      const struct ul_control_cmd *cmd, const void *payload);
+/* 0: ended, payload copied out, *result set. -ETIME: not within timeout_ns.
+ * -EINTR: a signal; let Python run its handlers, then wait again. */
+int ul_control_wait(struct ul_control *control, uint64_t timeout_ns,
+		    void *payload, int32_t *result);
+/* Ask the kernel to interrupt the command; then wait for its end as before. */
+int ul_control_cancel(struct ul_control *control);
 
 /* ---- workqueue.c: the kernel's unbound workqueue ---- */
 
@@ -59,7 +65,6 @@ struct ul_target_config {
 	uint32_t	flags;		/* UL_TARGET_READ_ONLY */
 	int32_t		fd;		/* loop: the backing file, borrowed */
 	uint64_t	offset_bytes;	/* loop: the device's start in the file */
-	uint64_t	dev_nr_bytes;
 	uint64_t	cookie;		/* python: handed out with each work */
 };
 
@@ -74,6 +79,8 @@ struct ul_request_info {
 int ul_target_create(const struct ul_target_config *config,
 		     struct ul_target **target);
 void ul_target_destroy(struct ul_target *target);
+/* 0 if holes can be punched in a file, else -errno (-EOPNOTSUPP). */
+int ul_target_probe_punch(int32_t fd, uint64_t offset_bytes, uint64_t nr_bytes);
 /* For a work that ul_worker_run() returned with a target's cookie: what to do,
  * and its result in bytes or -errno. The buffer is valid in between. */
 void ul_request_get(struct ul_work *work, struct ul_request_info *info);
@@ -88,7 +95,6 @@ struct ul_hctx_config {
 	uint16_t	q_id;
 	uint16_t	queue_depth;
 	uint32_t	max_io_buf_bytes;
-	uint32_t	poll_us;	/* spin this long before sleeping */
 	uint64_t	dev_flags;	/* UBLK_F_*, as the driver granted them */
 };
 
