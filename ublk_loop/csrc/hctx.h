@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * hctx.h - what target.c asks of a hardware context.
+ */
+#ifndef UL_HCTX_H
+#define UL_HCTX_H
+
+#include "target.h"
+
+/* Hand a request's result back; any thread.  The request is gone after it. */
+void ul_hctx_complete(struct ul_request *req);
+/* Move a request's data between driver and buffer where UBLK_F_USER_COPY
+ * leaves that to us; any thread.  0 or -errno; nothing to do in copy mode. */
+int ul_hctx_copy_in(struct ul_request *req);
+int ul_hctx_copy_out(struct ul_request *req);
+
+#endif

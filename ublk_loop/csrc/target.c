@@ -1,0 +1,361 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * target.c - what a request does to the backing, and in which order.
+ *
+ * The order is the 2014 loop-mq commit's: queue_rq gives each READ a work item
+ * of its own, so reads run concurrently; everything that writes is appended to
+ * one list of the device, and the device's one write_work takes it from there
+ * in order of arrival.  Writes to one file exclude each other anyway (inode
+ * lock), so running them concurrently would only cost switches.  Policy `base`
+ * sends reads down the same list: the loop driver before that commit.
+ *
+ * A target in Python runs by the same works: request_run() stops half-way with
+ * UL_WORK_ATTEND, Python does the request, and the second call ends it.
+ *
+ * Locking: ordered_lock guards the ordered list and write_started; the list
+ * that write_work took from it, and `current`, belong to write_work alone,
+ * which the workqueue never runs twice at once.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "hctx.h"
+#include "target.h"
+
+#define container_of(ptr, type, member) \
+	((type *)((char *)(ptr) - offsetof(type, member)))
+
+#define ZEROES_BYTES	(64 * 1024)
+
+/* For file systems without FALLOC_FL_ZERO_RANGE; aligned for O_DIRECT. */
+static char zeroes[ZEROES_BYTES] __attribute__((aligned(4096)));
+
+/* Lives from before its hctxs to after them.
+ * I: set at create.  O: under ordered_lock.  W: write_work's own.
+ */
+struct ul_target {
+	struct ul_target_config	config;		/* I: fd borrowed */
+	struct ul_work		write_work;
+	pthread_mutex_t		ordered_lock;
+	struct ul_plug		ordered;	/* O: borrowed requests */
+	bool			write_started;	/* O */
+	struct ul_request	*writing;	/* W: taken, not yet run */
+	struct ul_request	*current;	/* W: Python has it */
+};
+
+static int target_write_work(struct ul_work *work);
+
+int ul_target_create(const struct ul_target_config *config,
+		     struct ul_target **target)
+{
+	struct ul_target *t;
+
+	if (config->kind > UL_TARGET_PYTHON || config->policy > UL_POLICY_BASE)
+		return -EINVAL;
+	t = calloc(1, sizeof(*t));
+	if (!t)
+		return -ENOMEM;
+	t->config = *config;
+	pthread_mutex_init(&t->ordered_lock, NULL);
+	ul_plug_init(&t->ordered);
+	ul_work_init(&t->write_work, target_write_work, config->cookie);
+	*target = t;
+	return 0;
+}
+
+void ul_target_destroy(struct ul_target *t)
+{
+	if (!t)
+		return;
+	pthread_mutex_destroy(&t->ordered_lock);
+	free(t);
+}
+
+int ul_target_probe_punch(int32_t fd, uint64_t offset_bytes, uint64_t nr_bytes)
+{
+	if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+		      offset_bytes, nr_bytes))
+		return -errno;
+	return 0;
+}
+
+void ul_plug_init(struct ul_plug *plug)
+{
+	plug->head = NULL;
+	plug->tail = &plug->head;
+}
+
+static void plug_add(struct ul_plug *plug, struct ul_request *req)
+{
+	req->next = NULL;
+	*plug->tail = req;
+	plug->tail = &req->next;
+}
+
+/* ---- what a request does to a file ---- */
+
+/* All of it or an errno: to the driver (v7.3) any result >= 0 of a WRITE
+ * means the whole of it.  Zero bytes means that the file ended early.
+ */
+static int32_t loop_read(const struct ul_target *t, struct ul_request *req)
+{
+	uint64_t pos = t->config.offset_bytes + req->offset_bytes;
+	uint64_t done = 0;
+	ssize_t n;
+
+	while (done < req->nr_bytes) {
+		n = pread(t->config.fd, (char *)req->buffer + done,
+			  req->nr_bytes - done, pos + done);
+		if (n > 0)
+			done += n;
+		else if (n == 0)
+			return -EIO;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return done;
+}
+
+static int32_t loop_write_from(const struct ul_target *t, const char *data,
+			       uint64_t data_bytes, uint64_t offset_bytes,
+			       uint64_t nr_bytes, int rwf)
+{
+	uint64_t pos = t->config.offset_bytes + offset_bytes;
+	uint64_t done = 0;
+	struct iovec iov;
+	ssize_t n;
+
+	while (done < nr_bytes) {
+		/* `data` may be shorter than the range: it repeats. */
+		iov.iov_base = (char *)data + done % data_bytes;
+		iov.iov_len = data_bytes - done % data_bytes;
+		if (iov.iov_len > nr_bytes - done)
+			iov.iov_len = nr_bytes - done;
+		n = pwritev2(t->config.fd, &iov, 1, pos + done, rwf);
+		if (n > 0)
+			done += n;
+		else if (n == 0)
+			return -EIO;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+static int32_t loop_write(const struct ul_target *t, struct ul_request *req)
+{
+	int rwf = req->op_flags & UBLK_IO_F_FUA ? RWF_DSYNC : 0;
+	int32_t res;
+
+	res = loop_write_from(t, req->buffer, req->nr_bytes, req->offset_bytes,
+			      req->nr_bytes, rwf);
+	return res ? res : (int32_t)req->nr_bytes;
+}
+
+static int32_t loop_flush(const struct ul_target *t)
+{
+	while (fdatasync(t->config.fd)) {
+		if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+static int32_t loop_fallocate(const struct ul_target *t, int mode,
+			      const struct ul_request *req)
+{
+	off_t pos = t->config.offset_bytes + req->offset_bytes;
+
+	while (fallocate(t->config.fd, mode | FALLOC_FL_KEEP_SIZE, pos,
+			 req->nr_bytes)) {
+		if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+static int32_t loop_write_zeroes(const struct ul_target *t,
+				 const struct ul_request *req)
+{
+	bool keep = req->op_flags & UBLK_IO_F_NOUNMAP;
+	int32_t res;
+
+	res = loop_fallocate(t, keep ? FALLOC_FL_ZERO_RANGE :
+			     FALLOC_FL_PUNCH_HOLE, req);
+	if (res == -EOPNOTSUPP)
+		res = loop_write_from(t, zeroes, ZEROES_BYTES,
+				      req->offset_bytes, req->nr_bytes, 0);
+	if (!res && req->op_flags & UBLK_IO_F_FUA)
+		res = loop_flush(t);
+	return res;
+}
+
+static int32_t loop_execute(const struct ul_target *t, struct ul_request *req)
+{
+	switch (req->op) {
+	case UBLK_IO_OP_READ:
+		return loop_read(t, req);
+	case UBLK_IO_OP_WRITE:
+		return loop_write(t, req);
+	case UBLK_IO_OP_FLUSH:
+		return loop_flush(t);
+	case UBLK_IO_OP_DISCARD:
+		return loop_fallocate(t, FALLOC_FL_PUNCH_HOLE, req);
+	case UBLK_IO_OP_WRITE_ZEROES:
+		return loop_write_zeroes(t, req);
+	default:
+		return -EOPNOTSUPP;
+	}
+}
+
+/* ---- the works ---- */
+
+/* Start a request, or end one that Python was given. */
+static int request_run(struct ul_target *t, struct ul_request *req,
+		       struct ul_work *work)
+{
+	int ret;
+
+	if (!req->attending) {
+		ret = ul_hctx_copy_in(req);
+		if (ret) {
+			req->res = ret;
+		} else if (t->config.kind == UL_TARGET_PYTHON) {
+			req->attending = true;
+			req->res = -EIO;	/* should Python not say */
+			work->attend = req;
+			return UL_WORK_ATTEND;
+		} else {
+			req->res = loop_execute(t, req);
+		}
+	}
+	req->attending = false;
+	if (req->res >= 0) {
+		ret = ul_hctx_copy_out(req);
+		if (ret)
+			req->res = ret;
+	}
+	ul_hctx_complete(req);
+	return UL_WORK_DONE;
+}
+
+static int target_read_work(struct ul_work *work)
+{
+	struct ul_request *req = container_of(work, struct ul_request, work);
+
+	return request_run(req->target, req, work);
+}
+
+/* The next request in order; NULL ends this turn of write_work. */
+static struct ul_request *target_next_ordered(struct ul_target *t)
+{
+	struct ul_request *req;
+
+	if (!t->writing) {
+		pthread_mutex_lock(&t->ordered_lock);
+		t->writing = t->ordered.head;
+		ul_plug_init(&t->ordered);
+		if (!t->writing)
+			t->write_started = false;
+		pthread_mutex_unlock(&t->ordered_lock);
+	}
+	req = t->writing;
+	if (req)
+		t->writing = req->next;
+	return req;
+}
+
+static int target_write_work(struct ul_work *work)
+{
+	struct ul_target *t = container_of(work, struct ul_target, write_work);
+	struct ul_request *req = t->current;
+
+	t->current = NULL;
+	if (!req)
+		req = target_next_ordered(t);
+	while (req) {
+		if (request_run(t, req, work) == UL_WORK_ATTEND) {
+			t->current = req;
+			return UL_WORK_ATTEND;
+		}
+		req = target_next_ordered(t);
+	}
+	return UL_WORK_DONE;
+}
+
+void ul_request_init(struct ul_request *req)
+{
+	ul_work_init(&req->work, target_read_work,
+		     req->target->config.cookie);
+}
+
+static bool target_refuses(const struct ul_target *t,
+			   const struct ul_request *req)
+{
+	return t->config.flags & UL_TARGET_READ_ONLY &&
+	       req->op != UBLK_IO_OP_READ && req->op != UBLK_IO_OP_FLUSH;
+}
+
+bool ul_target_queue_rq(struct ul_target *t, struct ul_workqueue *wq,
+			struct ul_plug *plug, struct ul_request *req)
+{
+	if (target_refuses(t, req)) {
+		req->res = -EIO;
+		return true;
+	}
+	if (t->config.kind == UL_TARGET_NULL) {
+		/* A discard's length may not fit a result; 0 says as much. */
+		req->res = ul_op_has_data(req->op) ? (int32_t)req->nr_bytes : 0;
+		return true;
+	}
+	if (req->op == UBLK_IO_OP_READ && t->config.policy == UL_POLICY_2014)
+		ul_queue_work(wq, &req->work);
+	else
+		plug_add(plug, req);
+	return false;
+}
+
+void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,
+			  struct ul_plug *plug)
+{
+	bool start;
+
+	if (!plug->head)
+		return;
+	pthread_mutex_lock(&t->ordered_lock);
+	*t->ordered.tail = plug->head;
+	t->ordered.tail = plug->tail;
+	start = !t->write_started;
+	t->write_started = true;
+	pthread_mutex_unlock(&t->ordered_lock);
+	ul_plug_init(plug);
+	if (start)
+		ul_queue_work(wq, &t->write_work);
+}
+
+/* ---- for targets in Python ---- */
+
+void ul_request_get(struct ul_work *work, struct ul_request_info *info)
+{
+	struct ul_request *req = work->attend;
+
+	info->op = req->op;
+	info->op_flags = req->op_flags;
+	info->offset_bytes = req->offset_bytes;
+	info->nr_bytes = req->nr_bytes;
+	info->buffer = req->buffer;
+}
+
+void ul_request_set_result(struct ul_work *work, int32_t result)
+{
+	struct ul_request *req = work->attend;
+
+	req->res = result;
+}

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * target.h - a request, and what hctx.c asks of a target.
+ */
+#ifndef UL_TARGET_H
+#define UL_TARGET_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ublk_abi.h"
+#include "workqueue.h"
+
+/*
+ * One tag of one hctx, from fetch cqe to commit sqe.  It belongs to the ring
+ * thread, then to whoever runs its work, then (done list) to the ring thread
+ * again; each hand-over is a release.
+ * I: set at create.  R: set by the ring thread before it is queued.
+ * W: owned by the worker that runs it.
+ */
+struct ul_request {
+	struct ul_work		work;		/* a concurrent request's item */
+	struct ul_request	*next;		/* plug, ordered or done list */
+	struct ul_hctx		*hctx;		/* I: borrowed, outlives it */
+	struct ul_target	*target;	/* I: borrowed, outlives it */
+	void			*buffer;	/* I: owned by hctx's arena */
+	uint64_t		offset_bytes;	/* R: in the device */
+	uint64_t		nr_bytes;	/* R */
+	uint32_t		op_flags;	/* R: UBLK_IO_F_* */
+	int32_t			res;		/* W: bytes or -errno */
+	uint16_t		tag;		/* I */
+	uint8_t			op;		/* R: UBLK_IO_OP_* */
+	bool			attending;	/* W: Python has it */
+};
+
+/* A hctx's writes of one batch, in order, on their way to the ordered list. */
+struct ul_plug {
+	struct ul_request	*head;
+	struct ul_request	**tail;
+};
+
+static inline bool ul_op_has_data(uint8_t op)
+{
+	return op == UBLK_IO_OP_READ || op == UBLK_IO_OP_WRITE;
+}
+
+void ul_plug_init(struct ul_plug *plug);
+void ul_request_init(struct ul_request *req);
+/* Take a request.  True: it is done already and req->res is set. */
+bool ul_target_queue_rq(struct ul_target *target, struct ul_workqueue *wq,
+			struct ul_plug *plug, struct ul_request *req);
+/* The batch is over: let what was plugged begin. */
+void ul_target_commit_rqs(struct ul_target *target, struct ul_workqueue *wq,
+			  struct ul_plug *plug);
+
+#endif

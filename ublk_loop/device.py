@@ -1,0 +1,298 @@
+"""One ublk device served by this process: control + target + one hctx a hardware queue.
+
+Owns the device's life on the server's side, and the only place that knows its order:
+
+    add:     ADD_DEV, SET_PARAMS        recover: START_USER_RECOVERY
+    prepare: open ublkcN, workqueue, native target, hctx threads, each has fetched all its tags
+    start:   START_DEV                           END_USER_RECOVERY    -> LIVE
+    stop:    STOP_DEV, or somebody else's: the driver aborts the tags, the hctx threads end
+    close:   hctxs, native target, workqueue, ublkcN: every reference that DEL_DEV waits for
+    delete:  DEL_DEV
+
+Runs on the thread of whoever calls it (the server's main thread); never on the path of a request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import uapi
+from .control import Control, DevInfo
+from .errors import DriverError
+from .hctx import HardwareContext
+from .params import params_for
+from .target import NativeTarget, Target
+from .workqueue import Workqueue
+
+# What the data plane can do; any other mode is refused.
+SUPPORTED_FLAGS = (
+    uapi.UBLK_F_NEED_GET_DATA
+    | uapi.UBLK_F_USER_RECOVERY
+    | uapi.UBLK_F_USER_RECOVERY_REISSUE
+    | uapi.UBLK_F_USER_RECOVERY_FAIL_IO
+    | uapi.UBLK_F_UNPRIVILEGED_DEV
+    | uapi.UBLK_F_CMD_IOCTL_ENCODE
+    | uapi.UBLK_F_USER_COPY
+)
+# A device's cap on concurrent reads, as the kernel's loop gave itself in 2015 when a slow disk
+# drowned in readers: Linux kernel commit 4d4e41aef943 ("block: loop: avoiding too many pending per
+# work I/O") (in v4.2).
+MAX_ACTIVE = 16
+ANY_DEV_ID = -1
+
+
+class Device:
+    """A device that this process serves. Use :meth:`add` or :meth:`recover`.
+
+    From then on the device owns ``target`` and closes it.
+    """
+
+    def __init__(self, control: Control, target: Target, info: DevInfo, policy: str) -> None:
+        self.info = info
+        self.target = target
+        self.hctxs: list[HardwareContext] = []
+        self._control = control
+        self._policy = policy
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(target.close)
+        self._recovering = False
+        self._ended = threading.Event()
+        self._nr_ended = 0
+        self._lock = threading.Lock()
+        self._watchers: list[Callable[[], None]] = []
+
+    @classmethod
+    def add(
+        cls,
+        control: Control,
+        target: Target,
+        *,
+        dev_id: int = ANY_DEV_ID,
+        nr_hw_queues: int = 1,
+        queue_depth: int = 128,
+        max_io_buf_bytes: int = 512 * 1024,
+        flags: int = 0,
+        policy: str = "2014",
+        timeout_s: float = 30,
+    ) -> Device:
+        """Add a device and prepare to serve it; :meth:`start` makes it live.
+
+        :param dev_id: 0.., or -1 for the first free one.
+        :param nr_hw_queues: 1..4096; the driver caps it to the number of CPUs.
+        :param queue_depth: 1..4096 tags a queue.
+        :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
+        :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
+        :raises ValueError: before anything changed.
+        :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
+            the device is deleted again.
+        """
+        if flags & ~SUPPORTED_FLAGS:
+            raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
+        params = params_for(target, max_io_buf_bytes=max_io_buf_bytes)
+        info = control.add_dev(
+            DevInfo(
+                nr_hw_queues=nr_hw_queues,
+                queue_depth=queue_depth,
+                max_io_buf_bytes=max_io_buf_bytes,
+                dev_id=dev_id,
+                flags=flags,
+                ublksrv_pid=os.getpid(),
+            )
+        )
+        device = cls(control, target, info, policy)
+        try:
+            missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
+            if missing:
+                raise DriverError(
+                    errno.EOPNOTSUPP,
+                    f"ADD_DEV dev {info.dev_id}",
+                    f"this kernel's driver lacks feature flags {missing:#x} (see ublk features)",
+                )
+            control.set_params(info.dev_id, params)
+            device._prepare(timeout_s)
+        except BaseException:
+            device.delete_quietly()
+            raise
+        return device
+
+    @classmethod
+    def recover(
+        cls,
+        control: Control,
+        target: Target,
+        dev_id: int,
+        *,
+        policy: str = "2014",
+        timeout_s: float = 30,
+    ) -> Device:
+        """Take over a device whose server is gone; :meth:`start` makes it live again.
+
+        :raises DriverError: EBUSY (the old server is not gone), EINVAL (not added with recovery, or
+            not waiting for one), ENODEV. The device is left as it was found.
+        """
+        control.start_user_recovery(dev_id, timeout_s=timeout_s)
+        device = cls(control, target, control.get_dev_info(dev_id), policy)
+        device._recovering = True
+        try:
+            device._prepare(timeout_s)
+        except BaseException:
+            device.close()
+            raise
+        return device
+
+    @property
+    def dev_id(self) -> int:
+        """The device's number."""
+        return self.info.dev_id
+
+    @property
+    def block_path(self) -> str:
+        """Where the block device appears."""
+        return f"/dev/ublkb{self.dev_id}"
+
+    @property
+    def char_path(self) -> str:
+        """Where the server's side of the device is."""
+        return f"/dev/ublkc{self.dev_id}"
+
+    def start(self, timeout_s: float = 30) -> None:
+        """Make the device live.
+
+        :raises DriverError: what the driver said; the caller deletes the device.
+        """
+        if self._recovering:
+            self._control.end_user_recovery(self.dev_id, os.getpid(), timeout_s=timeout_s)
+        else:
+            self._control.start_dev(self.dev_id, os.getpid(), timeout_s=timeout_s)
+        self.info = self._control.get_dev_info(self.dev_id)
+        self._set_scheduler("none")
+
+    def on_end(self, watcher: Callable[[], None]) -> None:
+        """Have ``watcher`` called, on any thread, once every hctx has ended."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._watchers.append(watcher)
+                return
+        watcher()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until every hctx has ended (the device was stopped); False on time-out."""
+        return self._ended.wait(timeout_s)
+
+    def stop(self, timeout_s: float = 30) -> None:
+        """Stop the device; requests in flight fail with EIO. Idempotent.
+
+        :raises DriverError: ETIMEDOUT, when a request in flight does not end.
+        """
+        if self.wait(0):
+            return
+        deadline = time.monotonic() + timeout_s
+        self._control.stop_dev(self.dev_id, timeout_s=timeout_s)
+        self._join(deadline)
+
+    def errors(self) -> list[DriverError]:
+        """What ended hctxs before their time; empty when they were stopped."""
+        return [hctx.error for hctx in self.hctxs if hctx.error]
+
+    def close(self, timeout_s: float = 30) -> None:
+        """Let go of the device without deleting it. Idempotent.
+
+        :raises DriverError: ETIMEDOUT, when a request in flight does not end.
+        """
+        for hctx in self.hctxs:
+            hctx.stop()
+        self._join(time.monotonic() + timeout_s)
+        self.hctxs.clear()
+        self._resources.close()
+
+    def delete(self, timeout_s: float = 30) -> None:
+        """Stop, close and delete the device.
+
+        :raises DriverError: ETIMEDOUT, when somebody holds the device.
+        """
+        self.stop(timeout_s)
+        self.close(timeout_s)
+        self._control.del_dev(self.dev_id, timeout_s=timeout_s)
+
+    def delete_quietly(self) -> None:
+        """Delete as far as it goes: for the way out of an error, which is the one to report."""
+        for step in (self.stop, self.close):
+            with contextlib.suppress(OSError):
+                step()
+        with contextlib.suppress(OSError):
+            self._control.del_dev(self.dev_id)
+
+    def _prepare(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        cdev_fd = _open_char_device(self.char_path, deadline)
+        self._resources.callback(os.close, cdev_fd)
+        workqueue = Workqueue(
+            f"ublk{self.dev_id}", highpri=True, mem_reclaim=True, max_active=MAX_ACTIVE
+        )
+        self._resources.callback(workqueue.close)
+        native = NativeTarget(self.target, self._policy)
+        self._resources.callback(native.close)
+        for q_id in range(self.info.nr_hw_queues):
+            hctx = HardwareContext(
+                cdev_fd,
+                q_id,
+                queue_depth=self.info.queue_depth,
+                max_io_buf_bytes=self.info.max_io_buf_bytes,
+                dev_flags=self.info.flags,
+                target=native.handle,
+                workqueue=workqueue.handle,
+                affinity=self._affinity(q_id),
+                on_end=self._one_ended,
+            )
+            self._resources.callback(hctx.close)
+            self.hctxs.append(hctx)
+            hctx.start()
+        for hctx in self.hctxs:
+            hctx.wait_prepared(max(0.0, deadline - time.monotonic()))
+
+    def _join(self, deadline: float) -> None:
+        for hctx in self.hctxs:
+            if not hctx.join(max(0.0, deadline - time.monotonic())):
+                raise DriverError(errno.ETIMEDOUT, f"queue {hctx.q_id} of dev {self.dev_id}")
+
+    def _affinity(self, q_id: int) -> frozenset[int]:
+        allowed = os.sched_getaffinity(0)
+        return self._control.get_queue_affinity(self.dev_id, q_id) & allowed
+
+    def _one_ended(self) -> None:
+        with self._lock:
+            self._nr_ended += 1
+            if self._nr_ended < self.info.nr_hw_queues:
+                return
+            self._ended.set()
+            watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            watcher()
+
+    def _set_scheduler(self, name: str) -> None:
+        # A device with one queue would get mq-deadline, which costs two thirds of the IOPS of a
+        # backing that sorts for itself. Unprivileged: stays as it is.
+        with contextlib.suppress(OSError):
+            Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
+
+
+def _open_char_device(path: str, deadline: float) -> int:
+    # devtmpfs makes the node; udev may hold it open for a moment, and it opens for one at a time.
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            transient = code in (errno.EBUSY, errno.ENOENT, errno.EACCES)
+            if not transient or time.monotonic() >= deadline:
+                raise DriverError(code, f"open {path}") from None
+        time.sleep(0.005)
+
+
+__all__ = ["ANY_DEV_ID", "MAX_ACTIVE", "SUPPORTED_FLAGS", "Device"]

@@ -1,0 +1,458 @@
+"""Targets: what a device serves.
+
+Owns the backing (its open file, lock and geometry) and, while a device uses it, the native
+``ul_target``. A target in C (Loop, Null) is only described here and done in csrc/target.c; a target
+in Python subclasses :class:`Target`, and its methods run on the workqueue's worker threads, one call
+a request: reads concurrently, everything that writes in order. Never talks to the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ._uring import ffi, lib
+from .errors import BackingFileError, check
+from .uapi import (
+    UBLK_IO_OP_DISCARD,
+    UBLK_IO_OP_FLUSH,
+    UBLK_IO_OP_READ,
+    UBLK_IO_OP_WRITE,
+    UBLK_IO_OP_WRITE_ZEROES,
+)
+from .workqueue import register_handler, unregister_handler
+
+if TYPE_CHECKING:
+    from ._uring import CData
+
+SECTOR_BYTES = 512
+PAGE_BYTES = mmap.PAGESIZE
+POLICIES = {"2014": lib.UL_POLICY_2014, "base": lib.UL_POLICY_BASE}
+
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+_BLKPBSZGET = 0x127B
+_BLKROGET = 0x125E
+
+_log = logging.getLogger(__name__)
+
+
+class Target:
+    """Base class of targets; subclass it to serve a device from Python.
+
+    Set ``size`` (bytes, a multiple of ``logical_bs``) and define :meth:`read` and :meth:`write`;
+    :meth:`flush`, :meth:`discard` and :meth:`write_zeroes` are offered to the kernel only where a
+    subclass defines them. Offsets and lengths are bytes, multiples of ``logical_bs``. An OSError
+    reaches the writer or reader as its errno, any other exception as EIO (and is logged).
+    Methods are called on several threads at once: reads at any time, the rest one at a time.
+    A buffer belongs to the request: do not keep it.
+    """
+
+    name: ClassVar[str] = "python"
+
+    size: int = 0
+    logical_bs: int = SECTOR_BYTES
+    physical_bs: int = PAGE_BYTES
+    io_min: int = PAGE_BYTES
+    io_opt: int = 0
+    discard_granularity: int = PAGE_BYTES
+    read_only: bool = False
+    rotational: bool = False
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``."""
+        raise OSError(errno.EOPNOTSUPP, "read")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Store ``data`` at ``offset``."""
+        raise OSError(errno.EOPNOTSUPP, "write")
+
+    def flush(self) -> None:
+        """Make everything written so far durable."""
+        raise OSError(errno.EOPNOTSUPP, "flush")
+
+    def discard(self, offset: int, nr_bytes: int) -> None:
+        """Forget a range; what it reads as afterwards is up to the target."""
+        raise OSError(errno.EOPNOTSUPP, "discard")
+
+    def write_zeroes(self, offset: int, nr_bytes: int) -> None:
+        """Make a range read as zeroes."""
+        raise OSError(errno.EOPNOTSUPP, "write_zeroes")
+
+    def close(self) -> None:
+        """Release the backing; idempotent."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``ublk list`` and recovery need to know, JSON-serialisable."""
+        return {"name": self.name, "dev_size": self.size}
+
+    # What the kernel is told; a native target overrides these.
+
+    @property
+    def has_volatile_cache(self) -> bool:
+        """Whether a completed write may still need a flush."""
+        return self._defines("flush")
+
+    @property
+    def has_fua(self) -> bool:
+        """Whether a single write can be made durable by itself (UBLK_IO_F_FUA)."""
+        return False
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether DISCARD is offered."""
+        return not self.read_only and self._defines("discard")
+
+    @property
+    def can_write_zeroes(self) -> bool:
+        """Whether WRITE_ZEROES is offered."""
+        return not self.read_only and self._defines("write_zeroes")
+
+    def _defines(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Target, method)
+
+    @contextlib.contextmanager
+    def _native_config(self) -> Iterator[CData]:
+        # What ul_target_create() is given, and what must live as long as the native target.
+        cookie = register_handler(self._attend)
+        try:
+            config = ffi.new("struct ul_target_config *")
+            config.kind = lib.UL_TARGET_PYTHON
+            config.cookie = cookie
+            yield config
+        finally:
+            unregister_handler(cookie)
+
+    def _attend(self, work: CData) -> None:
+        info = ffi.new("struct ul_request_info *")
+        lib.ul_request_get(work, info)
+        try:
+            result = self._execute(info)
+        except OSError as error:
+            result = -(error.errno or errno.EIO)
+        except Exception:
+            _log.exception("target %s: op %d at %d failed", self.name, info.op, info.offset_bytes)
+            result = -errno.EIO
+        lib.ul_request_set_result(work, result)
+
+    def _execute(self, info: CData) -> int:
+        offset, nr_bytes = info.offset_bytes, info.nr_bytes
+        if info.op in (UBLK_IO_OP_READ, UBLK_IO_OP_WRITE):
+            with memoryview(ffi.buffer(info.buffer, nr_bytes)).cast("B") as buffer:
+                if info.op == UBLK_IO_OP_READ:
+                    self.read(offset, buffer)
+                else:
+                    with buffer.toreadonly() as data:
+                        self.write(offset, data)
+            return int(nr_bytes)
+        if info.op == UBLK_IO_OP_FLUSH:
+            self.flush()
+        elif info.op == UBLK_IO_OP_DISCARD:
+            self.discard(offset, nr_bytes)
+        elif info.op == UBLK_IO_OP_WRITE_ZEROES:
+            self.write_zeroes(offset, nr_bytes)
+        else:
+            return -errno.EOPNOTSUPP
+        return 0
+
+
+class NativeTarget:
+    """A target as the data plane sees it; one a device. Owns the ``ul_target`` handle.
+
+    :param policy: ``2014`` (reads concurrently, writes in order) or ``base`` (all in order).
+    :raises ValueError: an unknown policy.
+    """
+
+    def __init__(self, target: Target, policy: str) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+        self._resources = contextlib.ExitStack()
+        config = self._resources.enter_context(target._native_config())
+        config.policy = POLICIES[policy]
+        config.flags = lib.UL_TARGET_READ_ONLY if target.read_only else 0
+        handle = ffi.new("struct ul_target **")
+        try:
+            check(lib.ul_target_create(config, handle), f"target {target.name}")
+        except OSError:
+            self._resources.close()
+            raise
+        self._handle: CData | None = handle[0]
+
+    @property
+    def handle(self) -> CData:
+        """The ``struct ul_target *``. :raises ValueError: after close."""
+        if self._handle is None:
+            raise ValueError("the target is closed")
+        return self._handle
+
+    def close(self) -> None:
+        """Free the handle; every hctx that uses it must be closed before. Idempotent."""
+        if self._handle is not None:
+            lib.ul_target_destroy(self._handle)
+            self._handle = None
+            self._resources.close()
+
+
+class NullTarget(Target):
+    """Completes everything at once and stores nothing; for measuring the rest.
+
+    :param size: bytes, a positive multiple of 512.
+    """
+
+    name = "null"
+
+    def __init__(self, size: int = 250 << 30) -> None:
+        _check_size(size, self.logical_bs)
+        self.size = size
+
+    has_volatile_cache = False
+    can_discard = True
+    can_write_zeroes = True
+
+    @contextlib.contextmanager
+    def _native_config(self) -> Iterator[CData]:
+        config = ffi.new("struct ul_target_config *")
+        config.kind = lib.UL_TARGET_NULL
+        yield config
+
+
+class RamTarget(Target):
+    """A RAM disk, and the example of a target in Python.
+
+    :param size: bytes, a positive multiple of 512.
+    """
+
+    name = "ram"
+
+    def __init__(self, size: int) -> None:
+        _check_size(size, self.logical_bs)
+        self.size = size
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self._memory[offset : offset + len(buffer)]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._memory[offset : offset + len(data)] = data
+
+    def discard(self, offset: int, nr_bytes: int) -> None:
+        self.write_zeroes(offset, nr_bytes)
+
+    def write_zeroes(self, offset: int, nr_bytes: int) -> None:
+        # MADV_DONTNEED of private memory reads as zeroes, but works on whole pages.
+        start = -(-offset // PAGE_BYTES) * PAGE_BYTES
+        end = (offset + nr_bytes) // PAGE_BYTES * PAGE_BYTES
+        if start >= end:
+            self._memory[offset : offset + nr_bytes] = bytes(nr_bytes)
+            return
+        self._memory[offset:start] = bytes(start - offset)
+        self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        self._memory[end : offset + nr_bytes] = bytes(offset + nr_bytes - end)
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class LoopTarget(Target):
+    """A regular file or block device, served by native code.
+
+    :param path: the backing file. It is locked (flock: exclusively, or shared if ``read_only``) for
+        as long as the target is open.
+    :param offset_bytes: where the device begins in the file; a multiple of 512.
+    :param nr_bytes: the device's length; default: to the end of the file. What does not fill a
+        logical block is left out.
+    :param direct: O_DIRECT or the page cache; default: O_DIRECT where the file takes it.
+    :param read_only: open for reading only; the device is read-only too.
+    :raises BackingFileError: ENOENT, EACCES, EROFS, EISDIR, ..., EBUSY (another server holds it),
+        EINVAL (too small, or O_DIRECT demanded and refused).
+    :raises ValueError: bad numbers.
+    """
+
+    name = "loop"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        offset_bytes: int = 0,
+        nr_bytes: int | None = None,
+        direct: bool | None = None,
+        read_only: bool = False,
+    ) -> None:
+        if offset_bytes < 0 or offset_bytes % SECTOR_BYTES:
+            raise ValueError(f"offset {offset_bytes} is not a multiple of {SECTOR_BYTES} bytes")
+        self.path = os.path.realpath(path)
+        self.offset_bytes = offset_bytes
+        self.read_only = read_only
+        self._fd = _open_backing(self.path, read_only)
+        try:
+            self._lock_file()
+            self._take_geometry(direct)
+            self._take_size(nr_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def has_fua(self) -> bool:
+        return self.has_volatile_cache
+
+    @property
+    def has_volatile_cache(self) -> bool:
+        return not self.read_only
+
+    @property
+    def can_discard(self) -> bool:
+        return self._can_punch
+
+    @property
+    def can_write_zeroes(self) -> bool:
+        return not self.read_only
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "backing_file": self.path,
+            "dev_size": self.size,
+            "offset": self.offset_bytes,
+            "direct_io": int(self.direct),
+            "read_only": self.read_only,
+        }
+
+    @contextlib.contextmanager
+    def _native_config(self) -> Iterator[CData]:
+        config = ffi.new("struct ul_target_config *")
+        config.kind = lib.UL_TARGET_LOOP
+        config.fd = self._fd
+        config.offset_bytes = self.offset_bytes
+        yield config
+
+    def _lock_file(self) -> None:
+        kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BackingFileError(
+                errno.EBUSY, self.path, "another program holds a lock on it (ublk list, lslocks)"
+            ) from None
+
+    def _take_geometry(self, direct: bool | None) -> None:
+        info = os.fstat(self._fd)
+        self._is_block = stat.S_ISBLK(info.st_mode)
+        file_bs = _ioctl_u32(self._fd, _BLKSSZGET) if self._is_block else SECTOR_BYTES
+        direct_bs = self._find_direct_bs(file_bs) if direct is not False else None
+        if direct_bs is None and direct:
+            raise BackingFileError(
+                errno.EINVAL, self.path, "it does not take direct I/O here: use --buffered_io"
+            )
+        self.direct = direct_bs is not None
+        self.logical_bs = direct_bs or file_bs
+        natural = _ioctl_u32(self._fd, _BLKPBSZGET) if self._is_block else info.st_blksize
+        self.physical_bs = max(self.logical_bs, min(natural, PAGE_BYTES))
+        self.io_min = self.physical_bs
+        self.discard_granularity = self.physical_bs
+        self._can_punch = not self.read_only and self._probe_punch(info)
+        if self.direct:
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+
+    def _find_direct_bs(self, file_bs: int) -> int | None:
+        # The smallest block that a direct read takes; asked of the file system, since STATX_DIOALIGN
+        # (v6.1) says nothing for many of them. None: no direct I/O on this file at this offset.
+        try:
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            with mmap.mmap(-1, PAGE_BYTES) as page, memoryview(page) as view:
+                bs = file_bs
+                while bs <= PAGE_BYTES:
+                    with view[:bs] as buffer, contextlib.suppress(OSError):
+                        if self.offset_bytes % bs == 0:
+                            os.preadv(fd, [buffer], self.offset_bytes)
+                            return bs
+                    bs *= 2
+            return None
+        finally:
+            os.close(fd)
+
+    def _probe_punch(self, info: os.stat_result) -> bool:
+        if self._is_block:
+            dev = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
+            limit = Path(f"/sys/dev/block/{dev}/queue/write_zeroes_max_bytes")
+            with contextlib.suppress(OSError, ValueError):
+                return int(limit.read_text()) > 0
+            return False
+        # Past the end with KEEP_SIZE: changes nothing, and says whether it could.
+        end = -(-info.st_size // PAGE_BYTES) * PAGE_BYTES
+        return bool(lib.ul_target_probe_punch(self._fd, end, PAGE_BYTES) == 0)
+
+    def _take_size(self, nr_bytes: int | None) -> None:
+        if self._is_block:
+            file_bytes = struct.unpack("Q", fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8)))[0]
+        else:
+            file_bytes = os.fstat(self._fd).st_size
+        room = file_bytes - self.offset_bytes
+        if nr_bytes is not None and nr_bytes > room:
+            raise BackingFileError(
+                errno.EINVAL,
+                self.path,
+                f"{nr_bytes} bytes at offset {self.offset_bytes} do not fit its {file_bytes} bytes",
+            )
+        size = room if nr_bytes is None else nr_bytes
+        self.size = size // self.logical_bs * self.logical_bs
+        if self.size <= 0:
+            raise BackingFileError(
+                errno.EINVAL,
+                self.path,
+                f"too small: {max(size, 0)} bytes do not hold one block of {self.logical_bs}",
+            )
+
+
+def _check_size(size: int, logical_bs: int) -> None:
+    if size <= 0 or size % logical_bs:
+        raise ValueError(f"size {size} is not a positive multiple of {logical_bs} bytes")
+
+
+def _ioctl_u32(fd: int, request: int) -> int:
+    return int(struct.unpack("I", fcntl.ioctl(fd, request, bytes(4)))[0])
+
+
+def _open_backing(path: str, read_only: bool) -> int:
+    mode = os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        info = os.stat(path)
+        if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
+            code = errno.EISDIR if stat.S_ISDIR(info.st_mode) else errno.EINVAL
+            raise BackingFileError(code, path, "a regular file or block device is needed")
+        # O_EXCL on a block device: EBUSY while it is mounted or otherwise claimed.
+        exclusive = os.O_EXCL if stat.S_ISBLK(info.st_mode) and not read_only else 0
+        fd = os.open(path, mode | exclusive | os.O_CLOEXEC | os.O_NONBLOCK)
+    except BackingFileError:
+        raise
+    except OSError as error:
+        code = error.errno or errno.EIO
+        hint = "serve it with --read-only" if code in (errno.EROFS, errno.EACCES) else ""
+        raise BackingFileError(code, path, hint) from None
+    if stat.S_ISBLK(info.st_mode) and not read_only and _ioctl_u32(fd, _BLKROGET):
+        os.close(fd)
+        raise BackingFileError(errno.EROFS, path, "serve it with --read-only")
+    return fd
+
+
+__all__ = ["POLICIES", "LoopTarget", "NativeTarget", "NullTarget", "RamTarget", "Target"]
+
