@@ -41,8 +41,8 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_USER_COPY
 )
 # A device's cap on concurrent reads, as the kernel's loop gave itself in 2015 when a slow disk
-# drowned in readers: Linux kernel commit 4d4e41aef943 ("block: loop: avoiding too many pending per
-# work I/O") (in v4.2).
+# drowned in readers: Linux kernel commit 4d4e41aef942 ("block: loop: avoiding too many pending per
+# work I/O").
 MAX_ACTIVE = 16
 ANY_DEV_ID = -1
 

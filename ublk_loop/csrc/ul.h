@@ -37,8 +37,103 @@ int ul_control_cancel(struct ul_control *control);
 
 /* ---- workqueue.c: the kernel's unbound workqueue ---- */
 
+struct ul_pool;			/* the threads behind workqueues of one nice */
+struct ul_worker;		/* one of them, or a workqueue's rescuer */
 struct ul_workqueue;
 struct ul_work;
+
+enum {
+	UL_WQ_RESCUER = 1,	/* WQ_MEM_RECLAIM */
+};
+
+enum {
+	UL_WORK_BUSY_PENDING = 1,
+	UL_WORK_BUSY_RUNNING = 2,
+};
+
+struct ul_pool_config {
+	uint64_t	idle_timeout_ns;	/* then an idle worker leaves */
+	uint64_t	create_cooldown_ns;	/* pause after a failure */
+	uint64_t	mayday_initial_ns;	/* a stall before rescuers */
+	uint64_t	mayday_interval_ns;	/* between calls for rescue */
+	uint64_t	spin_ns;		/* 0 on a single CPU */
+};
+
+struct ul_pool_stats {
+	uint64_t	nr_created;
+	uint64_t	nr_culled;
+	uint64_t	nr_create_failures;
+	uint32_t	nr_workers;
+	uint32_t	nr_idle;
+	uint32_t	nr_waiting;	/* items that no worker took yet */
+	uint32_t	is_io_flusher;	/* PR_SET_IO_FLUSHER was granted */
+};
+
+struct ul_workqueue_config {
+	char		name[16];	/* of the rescuer's thread */
+	uint32_t	flags;		/* UL_WQ_* */
+	uint32_t	max_active;	/* at least 1; 1 is an ordered one */
+};
+
+struct ul_workqueue_stats {
+	uint64_t	nr_started;
+	uint64_t	nr_completed;
+	uint64_t	cpu_time_ns;
+	uint64_t	nr_cpu_hogs;	/* items of 10 ms CPU and more */
+	uint64_t	nr_wakeups;	/* system calls to wake a thread */
+	uint64_t	nr_maydays;
+	uint64_t	nr_rescued;
+	uint32_t	nr_active;
+	uint32_t	nr_inactive;	/* held back by max_active */
+};
+
+int ul_pool_create(const struct ul_pool_config *config, struct ul_pool **pool);
+/* For the manager's thread. 1: start a thread that calls ul_worker_run(), or
+ * call ul_worker_not_started(). 0: the pool stops. */
+int ul_pool_manager_wait(struct ul_pool *pool, struct ul_worker **worker);
+void ul_pool_stop(struct ul_pool *pool);
+void ul_pool_get_stats(struct ul_pool *pool, struct ul_pool_stats *stats);
+/* After all its threads have ended; else -EBUSY. */
+int ul_pool_destroy(struct ul_pool *pool);
+
+/* 1: Python is needed for the work with this cookie; then call again, on the
+ * same thread. 0: the worker is gone, end the thread. */
+int ul_worker_run(struct ul_worker *worker, struct ul_work **work,
+		  uint64_t *cookie);
+void ul_worker_not_started(struct ul_worker *worker);
+
+/* The rescuer, NULL without UL_WQ_RESCUER, is run as a worker is. */
+int ul_workqueue_create(struct ul_pool *pool,
+			const struct ul_workqueue_config *config,
+			struct ul_workqueue **wq, struct ul_worker **rescuer);
+void ul_workqueue_set_max_active(struct ul_workqueue *wq, uint32_t max_active);
+void ul_workqueue_get_stats(struct ul_workqueue *wq,
+			    struct ul_workqueue_stats *stats);
+/* Until what was queued before is done. -EINTR: go round again, with the same
+ * ticket (0 at first). -EDEADLK: called by one of the workqueue's own items. */
+int ul_workqueue_flush_wait(struct ul_workqueue *wq, uint64_t *ticket);
+/* Until empty, letting in only what its own items queue. With close nothing
+ * gets in any more, timers are cancelled and the rescuer ends. */
+int ul_workqueue_drain_wait(struct ul_workqueue *wq, int32_t close);
+/* After a drain with close and the end of the rescuer; else -EBUSY. */
+int ul_workqueue_destroy(struct ul_workqueue *wq);
+
+/* An item that attends to Python, once each time that it was queued. */
+int ul_work_create(uint64_t cookie, struct ul_work **work);
+/* 1: accepted. 0: it was pending; with modify its time is set anew.
+ * -ECANCELED: disabled. -ESHUTDOWN: draining. -EBUSY: on another workqueue. */
+int ul_work_queue_delayed(struct ul_workqueue *wq, struct ul_work *work,
+			  uint64_t delay_ns, int32_t modify);
+/* 1: it was pending, and is not now. With disable it cannot be queued again
+ * until ul_work_enable(), which returns how many disables are left. */
+int ul_work_cancel(struct ul_work *work, int32_t disable);
+int ul_work_enable(struct ul_work *work);
+/* Until the last queueing has run; a delayed one is queued at once. 0: it was
+ * idle, 1: waited. -EINTR, -EDEADLK as above. */
+int ul_work_flush_wait(struct ul_work *work);
+uint32_t ul_work_busy(struct ul_work *work);
+/* Only when it is neither pending nor running. */
+void ul_work_destroy(struct ul_work *work);
 
 /* ---- target.c: what a request does to the backing ---- */
 
