@@ -26,7 +26,7 @@ from . import uapi
 from .control import Control, DevInfo
 from .errors import DriverError
 from .hctx import HardwareContext
-from .params import params_for
+from .params import Params, params_for
 from .target import NativeTarget, Target
 from .workqueue import Workqueue
 
@@ -94,7 +94,7 @@ class Device:
         """
         if flags & ~SUPPORTED_FLAGS:
             raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
-        params = params_for(target, max_io_buf_bytes=max_io_buf_bytes)
+        params = _params(target, max_io_buf_bytes)
         info = control.add_dev(
             DevInfo(
                 nr_hw_queues=nr_hw_queues,
@@ -280,6 +280,23 @@ class Device:
         # backing that sorts for itself. Unprivileged: stays as it is.
         with contextlib.suppress(OSError):
             Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
+
+
+def _params(target: Target, max_io_buf_bytes: int) -> Params:
+    return params_for(
+        dev_nr_bytes=target.size,
+        max_io_buf_bytes=max_io_buf_bytes,
+        logical_bs=target.logical_bs,
+        physical_bs=target.physical_bs,
+        read_only=target.read_only,
+        rotational=target.rotational,
+        volatile_cache=target.has_volatile_cache,
+        fua=target.has_fua,
+        discard=target.can_discard,
+        discard_granularity=target.discard_granularity,
+        write_zeroes=target.can_write_zeroes,
+        dma_alignment=4,  # the driver copies: any memory of a client will do
+    )
 
 
 def _open_char_device(path: str, deadline: float) -> int:

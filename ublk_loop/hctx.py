@@ -18,7 +18,7 @@ from ._uring import ffi, lib
 from .errors import DriverError, check
 
 if TYPE_CHECKING:
-    from ._uring import CData
+    from ._uring import ul_hctx, ul_target, ul_workqueue
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class HardwareContext:
         queue_depth: int,
         max_io_buf_bytes: int,
         dev_flags: int,
-        target: CData,
-        workqueue: CData,
+        target: ul_target,
+        workqueue: ul_workqueue,
         affinity: Iterable[int] = (),
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -75,7 +75,7 @@ class HardwareContext:
         config.dev_flags = dev_flags
         handle = ffi.new("struct ul_hctx **")
         check(lib.ul_hctx_create(config, target, workqueue, handle), f"queue {q_id}")
-        self._handle: CData | None = handle[0]
+        self._handle: ul_hctx | None = handle[0]
         self._thread = threading.Thread(target=self._serve, name=f"ublk-q{q_id}", daemon=True)
 
     @property
@@ -122,18 +122,19 @@ class HardwareContext:
         lib.ul_hctx_destroy(self._handle)
         self._handle = None
 
-    def _live_handle(self) -> CData:
+    def _live_handle(self) -> ul_hctx:
         if self._handle is None:
             raise ValueError(f"queue {self.q_id} is closed")
         return self._handle
 
     def _serve(self) -> None:
+        handle = self._live_handle()
         try:
             if self.affinity:
                 os.sched_setaffinity(0, self.affinity)
-            check(lib.ul_hctx_prepare(self._handle), f"queue {self.q_id}: fetch")
+            check(lib.ul_hctx_prepare(handle), f"queue {self.q_id}: fetch")
             self._prepared.set()
-            check(lib.ul_hctx_run(self._handle), f"queue {self.q_id}")
+            check(lib.ul_hctx_run(handle), f"queue {self.q_id}")
         except DriverError as error:
             self.error = error
         except OSError as error:

@@ -1,9 +1,9 @@
 """Targets: what a device serves.
 
 Owns the backing (its open file, lock and geometry) and, while a device uses it, the native
-``ul_target``. A target in C (Loop, Null) is only described here and done in csrc/target.c; a target
-in Python subclasses :class:`Target`, and its methods run on the workqueue's worker threads, one call
-a request: reads concurrently, everything that writes in order. Never talks to the driver.
+``ul_target``. A target in C (Loop, Null) is only described here and done in csrc/target.c; a
+target in Python subclasses :class:`Target`, and its methods run on the workqueue's worker threads,
+one call a request: reads concurrently, all that writes in order. Never talks to the driver.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .uapi import (
 from .workqueue import register_handler, unregister_handler
 
 if TYPE_CHECKING:
-    from ._uring import CData
+    from ._uring import ul_request_info, ul_target, ul_target_config, ul_work
 
 SECTOR_BYTES = 512
 PAGE_BYTES = mmap.PAGESIZE
@@ -62,8 +62,6 @@ class Target:
     size: int = 0
     logical_bs: int = SECTOR_BYTES
     physical_bs: int = PAGE_BYTES
-    io_min: int = PAGE_BYTES
-    io_opt: int = 0
     discard_granularity: int = PAGE_BYTES
     read_only: bool = False
     rotational: bool = False
@@ -121,7 +119,7 @@ class Target:
         return getattr(type(self), method) is not getattr(Target, method)
 
     @contextlib.contextmanager
-    def _native_config(self) -> Iterator[CData]:
+    def _native_config(self) -> Iterator[ul_target_config]:
         # What ul_target_create() is given, and what must live as long as the native target.
         cookie = register_handler(self._attend)
         try:
@@ -132,7 +130,7 @@ class Target:
         finally:
             unregister_handler(cookie)
 
-    def _attend(self, work: CData) -> None:
+    def _attend(self, work: ul_work) -> None:
         info = ffi.new("struct ul_request_info *")
         lib.ul_request_get(work, info)
         try:
@@ -144,7 +142,7 @@ class Target:
             result = -errno.EIO
         lib.ul_request_set_result(work, result)
 
-    def _execute(self, info: CData) -> int:
+    def _execute(self, info: ul_request_info) -> int:
         offset, nr_bytes = info.offset_bytes, info.nr_bytes
         if info.op in (UBLK_IO_OP_READ, UBLK_IO_OP_WRITE):
             with memoryview(ffi.buffer(info.buffer, nr_bytes)).cast("B") as buffer:
@@ -185,10 +183,10 @@ class NativeTarget:
         except OSError:
             self._resources.close()
             raise
-        self._handle: CData | None = handle[0]
+        self._handle: ul_target | None = handle[0]
 
     @property
-    def handle(self) -> CData:
+    def handle(self) -> ul_target:
         """The ``struct ul_target *``. :raises ValueError: after close."""
         if self._handle is None:
             raise ValueError("the target is closed")
@@ -219,7 +217,7 @@ class NullTarget(Target):
     can_write_zeroes = True
 
     @contextlib.contextmanager
-    def _native_config(self) -> Iterator[CData]:
+    def _native_config(self) -> Iterator[ul_target_config]:
         config = ffi.new("struct ul_target_config *")
         config.kind = lib.UL_TARGET_NULL
         yield config
@@ -334,7 +332,7 @@ class LoopTarget(Target):
         }
 
     @contextlib.contextmanager
-    def _native_config(self) -> Iterator[CData]:
+    def _native_config(self) -> Iterator[ul_target_config]:
         config = ffi.new("struct ul_target_config *")
         config.kind = lib.UL_TARGET_LOOP
         config.fd = self._fd
@@ -363,7 +361,6 @@ class LoopTarget(Target):
         self.logical_bs = direct_bs or file_bs
         natural = _ioctl_u32(self._fd, _BLKPBSZGET) if self._is_block else info.st_blksize
         self.physical_bs = max(self.logical_bs, min(natural, PAGE_BYTES))
-        self.io_min = self.physical_bs
         self.discard_granularity = self.physical_bs
         self._can_punch = not self.read_only and self._probe_punch(info)
         if self.direct:
@@ -371,8 +368,8 @@ class LoopTarget(Target):
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT)
 
     def _find_direct_bs(self, file_bs: int) -> int | None:
-        # The smallest block that a direct read takes; asked of the file system, since STATX_DIOALIGN
-        # (v6.1) says nothing for many of them. None: no direct I/O on this file at this offset.
+        # The smallest block that a direct read takes, by trying: STATX_DIOALIGN (v6.1) says
+        # nothing for many file systems. None: no direct I/O on this file at this offset.
         try:
             fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         except OSError:
