@@ -131,7 +131,7 @@ int ul_work_enable(struct ul_work *work);
 /* Until the last queueing has run; a delayed one is queued at once. 0: it was
  * idle, 1: waited. -EINTR, -EDEADLK as above. */
 int ul_work_flush_wait(struct ul_work *work);
-uint32_t ul_work_busy(struct ul_work *work);
+uint32_t ul_work_busy(struct ul_work *work);	/* UL_WORK_BUSY_* */
 /* Only when it is neither pending nor running. */
 void ul_work_destroy(struct ul_work *work);
 

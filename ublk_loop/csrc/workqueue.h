@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * workqueue.h - what C users of the workqueue see; Python's part is in ul.h.
+ * workqueue.h - what C users of the workqueue see; Python's part, which they
+ * may call too (cancel, flush, disable), is in ul.h.
  */
 #ifndef UL_WORKQUEUE_H
 #define UL_WORKQUEUE_H
@@ -20,14 +21,31 @@ enum { UL_WORK_DONE = 0, UL_WORK_ATTEND = 1 };
 
 typedef int (*ul_work_func)(struct ul_work *work);
 
+struct ul_list {
+	struct ul_list		*next, *prev;
+};
+
+/*
+ * Embedded by its user, who owns it; must stay while pending. It belongs to
+ * the workqueue that it was last queued on, and may go to another one when it
+ * is neither pending nor running.
+ * I: set at init.  U: the user's own.  A: atomic.  L: under its pool's lock.
+ */
 struct ul_work {
-	ul_work_func		func;
+	ul_work_func		func;		/* I */
 	uint64_t		cookie;		/* I: names it to Python */
-	void			*attend;	/* set by func before ATTEND */
+	void			*attend;	/* U: set by func before ATTEND */
+	struct ul_workqueue	*wq;		/* A: borrowed; NULL: never queued */
+	struct ul_list		node;		/* L: in the list of its state */
+	struct ul_list		flushers;	/* L: who waits for this queueing */
+	uint64_t		expires_ns;	/* L: WORK_DELAYED: when */
+	uint16_t		nr_disables;	/* L */
+	uint8_t			state;		/* L: enum work_state */
+	uint8_t			color;		/* L: its epoch's slot */
 };
 
 void ul_work_init(struct ul_work *work, ul_work_func func, uint64_t cookie);
-/* False if the item was pending already. */
+/* False if the item was pending already, or cannot be queued now. */
 bool ul_queue_work(struct ul_workqueue *wq, struct ul_work *work);
 
 #endif
