@@ -7,6 +7,7 @@ these: it is a negative errno, committed for its tag. Bad arguments are ValueErr
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class UblkLoopError(OSError):
@@ -17,6 +18,9 @@ class UblkLoopError(OSError):
     :param hint: what the user may do about it, one sentence, or empty.
     """
 
+    errno: int
+    strerror: str
+
     def __init__(self, errno: int, what: str, hint: str = "") -> None:
         super().__init__(errno, os.strerror(errno))
         self.what = what
@@ -25,6 +29,10 @@ class UblkLoopError(OSError):
     def __str__(self) -> str:
         text = f"{self.what}: {self.strerror}"
         return f"{text}: {self.hint}" if self.hint else text
+
+    # OSError's own would call us with its two arguments and lose the text.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errno, self.what, self.hint)
 
 
 class DriverError(UblkLoopError):
