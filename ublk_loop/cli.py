@@ -1,0 +1,518 @@
+"""The ``ublk`` command: a drop-in for the reference server's, and the only place that prints.
+
+In: the command line. Out: text or JSON on stdout, one line an error on stderr; exit 1 for an error,
+2 for wrong usage. Runs in a process of its own; ``add`` and ``recover`` fork the server from it. It
+never serves a request, and imports what needs the compiled module only where a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from . import __version__, listing, state, uapi
+from .errors import DaemonError, DriverError, UblkLoopError
+from .state import DeviceOptions, DeviceState, TargetSpec
+
+if TYPE_CHECKING:
+    from .control import Control, DevInfo
+    from .params import Params
+
+_AnyCommand = TypeVar("_AnyCommand", bound=Callable[..., Any])
+
+NULL_NR_BYTES = 250 << 30  # as the reference server's null device
+PAGE_BYTES = 4096
+SIZE_SUFFIXES = "KMGTPE"
+_CONTEXT = {
+    # --user_recovery is how the reference server spells it; --user-recovery does as well.
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+_TYPE_HELP = {
+    "loop": """Serves a regular file or a block device.
+
+\b
+  -f, --file FILE      the backing file; it is locked while it is served
+  --buffered_io        through the page cache; default: O_DIRECT where the file takes it
+  -o, --offset SECTORS where the device begins in the file, in sectors of 512 bytes
+  --size SIZE          the device's size; default: to the end of the file
+  -R, --read_only      a read-only device
+
+\b
+Examples:
+  ublk add -t loop -f disk.img
+  ublk add -t loop -f /dev/vdb -q 2 -d 64
+  ublk add -t loop -f disk.img -o 2048 --size 100M -r 1""",
+    "null": """Completes every request at once and stores nothing: for measuring.
+
+\b
+  --size SIZE          the device's size; default: 250G
+
+\b
+Example:
+  ublk add -t null -q 2""",
+    "ram": """Keeps the data in the server's memory: an example of a target written in Python.
+
+\b
+  --size SIZE          the device's size; needed
+
+\b
+Example:
+  ublk add -t ram --size 64M""",
+}
+
+
+_SWITCH = click.IntRange(0, 1)
+_DEV_ID = click.IntRange(0, state.MAX_DEV_ID)
+
+
+def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    """Return bytes, of a number with an optional suffix as losetup takes it: 4096, 4K, 10MiB, 1GB.
+
+    :raises click.BadParameter: it is none, or not a positive multiple of 512 below 8 EiB.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(rf"(\d+)(?:([{SIZE_SUFFIXES}])(iB|B)?)?", text, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size, such as 4096, 64M or 1GiB")
+    number, suffix, ending = match.groups()
+    base = 1000 if ending and ending.upper() == "B" else 1024
+    power = 1 + SIZE_SUFFIXES.index(suffix.upper()) if suffix else 0
+    nr_bytes: int = int(number) * base**power
+    if nr_bytes == 0 or nr_bytes % uapi.SECTOR_BYTES or nr_bytes >= 1 << 63:
+        raise click.BadParameter(f"{text!r} is not a positive multiple of 512 bytes below 8E")
+    return nr_bytes
+
+
+def number_option(*, required: bool) -> Callable[[_AnyCommand], _AnyCommand]:
+    """Return the ``-n`` option of the commands that name a device."""
+    return click.option(
+        "-n", "--number", "dev_id", type=_DEV_ID, required=required, metavar="DEV_ID"
+    )
+
+
+class _Commands(click.Group):
+    """The commands; turns what they raise into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UblkLoopError as error:
+            fail(str(error))
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        except BrokenPipeError:
+            # `ublk list | head`: nobody wants the rest, nor the interpreter's complaint at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def fail(text: str) -> NoReturn:
+    """Print one error line and exit with 1."""
+    click.echo(f"ublk: {text}", err=True)
+    sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT)
+@click.version_option(__version__, "-v", "--version", message="ublk-loop %(version)s")
+def cli() -> None:
+    """Serve files as block devices through the kernel's ublk driver.
+
+    \b
+    Examples:
+      ublk add -t loop -f disk.img     serve disk.img as /dev/ublkb0, say
+      ublk list                        show the devices
+      ublk del -n 0                    stop and delete /dev/ublkb0
+      ublk help -t loop                show the options of one type
+    """
+
+
+# ---- add ----
+
+
+@cli.command(short_help="Add a device and serve it.")
+@click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES), required=True)
+@click.option("-n", "--number", "dev_id", type=_DEV_ID, help="Number; else a free one.")
+@click.option(
+    "-q",
+    "--queues",
+    type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
+    default=1,
+    show_default=True,
+    help="Hardware queues; the driver caps them to the CPUs.",
+)
+@click.option(
+    "-d",
+    "--depth",
+    type=click.IntRange(1, state.MAX_QUEUE_DEPTH),
+    default=128,
+    show_default=True,
+    help="Requests in flight in each queue.",
+)
+@click.option("-u", "--uring_comp", type=_SWITCH, default=0, help="URING_CMD_COMP_IN_TASK.")
+@click.option("-g", "--need_get_data", type=_SWITCH, default=0, help="NEED_GET_DATA.")
+@click.option(
+    "-r",
+    "--user_recovery",
+    type=_SWITCH,
+    default=0,
+    help="Keep the device when its server dies: requests in flight fail, new ones wait.",
+)
+@click.option(
+    "-i", "--user_recovery_reissue", type=_SWITCH, default=0, help="As -r; all requests wait."
+)
+@click.option(
+    "-e", "--user_recovery_fail_io", type=_SWITCH, default=0, help="As -r; new ones fail too."
+)
+@click.option("--usercopy", is_flag=True, help="Copy the data by pread and pwrite.")
+@click.option("-z", "--zerocopy", is_flag=True, help="Do not copy the data.")
+@click.option("-b", "--batch", is_flag=True, help="Fetch and commit in batches.")
+@click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
+@click.option(
+    "--max_io_buf_bytes",
+    type=click.IntRange(PAGE_BYTES, 32 << 20),
+    default=512 * 1024,
+    show_default=True,
+    help="The largest request, in bytes.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(state.POLICIES),
+    default="2014",
+    show_default=True,
+    help="2014: reads concurrently, writes in order. base: everything in order.",
+)
+@click.option(
+    "--foreground", is_flag=True, help="Serve in this process; Ctrl-C deletes the device."
+)
+@click.option("-f", "--file", "path", type=click.Path(), help="loop: the backing file.")
+@click.option("--buffered_io", is_flag=True, help="loop: use the page cache.")
+@click.option(
+    "-o", "--offset", type=click.IntRange(0), metavar="SECTORS", help="loop: where to begin."
+)
+@click.option("-R", "--read_only", is_flag=True, help="loop: a read-only device.")
+@click.option("--size", "nr_bytes", callback=parse_size, metavar="SIZE", help="The device's size.")
+@click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
+def add(**given: Any) -> None:
+    """Add a device and serve it; return when it is live, and print it.
+
+    \b
+    Examples:
+      ublk add -t loop -f disk.img
+      ublk add -t loop -f disk.img -q 2 -d 64 --buffered_io
+      ublk add -t null
+    """
+    from . import server
+
+    request = server.Request(
+        options=DeviceOptions(
+            nr_hw_queues=given["queues"],
+            queue_depth=given["depth"],
+            max_io_buf_bytes=_whole_pages(given["max_io_buf_bytes"]),
+            flags=_flags(given),
+            policy=given["policy"],
+        ),
+        spec=_target_spec(given),
+        dev_id=-1 if given["dev_id"] is None else given["dev_id"],
+    )
+    if given["foreground"]:
+        _serve_here(request, given["as_json"])
+    else:
+        _show(server.launch(request, _describe), given["as_json"])
+
+
+def _whole_pages(nr_bytes: int) -> int:
+    if nr_bytes % PAGE_BYTES:
+        raise click.UsageError(f"--max_io_buf_bytes {nr_bytes} is not a multiple of {PAGE_BYTES}")
+    return nr_bytes
+
+
+def _flags(given: dict[str, Any]) -> int:
+    recovery = uapi.UBLK_F_USER_RECOVERY
+    modes = {
+        "uring_comp": uapi.UBLK_F_URING_CMD_COMP_IN_TASK,
+        "need_get_data": uapi.UBLK_F_NEED_GET_DATA,
+        "user_recovery": recovery,
+        "user_recovery_reissue": recovery | uapi.UBLK_F_USER_RECOVERY_REISSUE,
+        "user_recovery_fail_io": recovery | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
+        "usercopy": uapi.UBLK_F_USER_COPY,
+        "zerocopy": uapi.UBLK_F_SUPPORT_ZERO_COPY,
+        "batch": uapi.UBLK_F_BATCH_IO,
+        "unprivileged": uapi.UBLK_F_UNPRIVILEGED_DEV,
+    }
+    if given["user_recovery_reissue"] and given["user_recovery_fail_io"]:
+        raise click.UsageError("-i and -e exclude each other")
+    flags = 0
+    for name, bits in modes.items():
+        flags |= bits if given[name] else 0
+    if flags & recovery and given["kind"] == "ram":
+        raise click.UsageError("a ram device cannot be recovered: its data dies with its server")
+    return flags
+
+
+def _target_spec(given: dict[str, Any]) -> TargetSpec:
+    kind, path, nr_bytes = given["kind"], given["path"], given["nr_bytes"]
+    if kind != "loop":
+        for option, name in (
+            ("-f", "path"),
+            ("-o", "offset"),
+            ("--buffered_io", "buffered_io"),
+            ("-R", "read_only"),
+        ):
+            if given[name] not in (None, False):
+                raise click.UsageError(f"{option} is for -t loop only")
+        if kind == "ram" and nr_bytes is None:
+            raise click.UsageError("-t ram needs --size")
+        return TargetSpec(kind, nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes)
+    if not path:
+        raise click.UsageError("-t loop needs -f FILE")
+    offset_bytes = (given["offset"] or 0) << uapi.SECTOR_SHIFT
+    if offset_bytes >= 1 << 63:
+        raise click.UsageError("-o is beyond any file")
+    return TargetSpec(
+        "loop",
+        path=os.path.abspath(path),
+        offset_bytes=offset_bytes,
+        nr_bytes=nr_bytes,
+        direct=False if given["buffered_io"] else None,
+        read_only=given["read_only"],
+    )
+
+
+def _describe(info: DevInfo, params: Params, known: DeviceState) -> dict[str, Any]:
+    return {
+        "text": listing.device_text(info, params, known, two_lines=_two_lines()),
+        "document": listing.device_document(info, params, known),
+    }
+
+
+def _show(description: dict[str, Any], as_json: bool) -> None:
+    document = description["document"]
+    click.echo(json.dumps(document, indent=2) if as_json else description["text"])
+
+
+def _two_lines() -> bool:
+    # The reference server moved the flags to a line of their own in 2025. Scripts parse either.
+    return os.environ.get("UBLK_LOOP_LIST_STYLE") == "two-lines"
+
+
+def _serve_here(request: Any, as_json: bool) -> None:
+    import logging
+
+    from . import server
+
+    logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
+
+    def on_live(_: int, description: dict[str, Any]) -> None:
+        _show(description, as_json)
+        sys.stdout.flush()
+
+    server.serve(request, _describe, lambda dev_id, sysfs_ino: None, on_live)
+
+
+# ---- del ----
+
+
+@cli.command("del", short_help="Stop and delete a device.")
+@number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Delete every device.")
+@click.option("--async", "no_wait", is_flag=True, help="Do not wait until the device is gone.")
+def delete(dev_id: int | None, everything: bool, no_wait: bool) -> None:
+    """Stop a device and delete it; requests in flight fail.
+
+    \b
+    Examples:
+      ublk del -n 0
+      ublk del -a
+    """
+    if everything == (dev_id is not None):
+        raise click.UsageError("say -n DEV_ID, or -a for every device")
+    from . import manage
+    from .control import list_dev_ids
+
+    if dev_id is not None:
+        for note in manage.delete(dev_id, no_wait=no_wait):
+            click.echo(f"ublk: {note}", err=True)
+        return
+    nr_failed = 0
+    for each in list_dev_ids():
+        try:
+            for note in manage.delete(each, no_wait=no_wait):
+                click.echo(f"ublk: {note}", err=True)
+        except UblkLoopError as error:
+            nr_failed += 1
+            click.echo(f"ublk: {error}", err=True)
+    if nr_failed:
+        sys.exit(1)
+
+
+# ---- list ----
+
+
+@cli.command("list", short_help="Show devices.")
+@number_option(required=False)
+@click.option("-v", "--verbose", is_flag=True, help="All that is known, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of devices.")
+def list_devices(dev_id: int | None, verbose: bool, as_json: bool) -> None:
+    """Show one device, or all, whoever serves them.
+
+    \b
+    Examples:
+      ublk list
+      ublk list -n 0 -v
+      ublk list --json
+    """
+    documents = []
+    for info, params, known in _known_devices(dev_id):
+        if as_json:
+            documents.append(listing.device_document(info, params, known))
+        elif verbose:
+            click.echo(listing.verbose_text(info, params, known))
+        else:
+            click.echo(listing.device_text(info, params, known, two_lines=_two_lines()))
+    if as_json:
+        click.echo(json.dumps(documents, indent=2))
+
+
+def _known_devices(dev_id: int | None) -> list[tuple[DevInfo, Params, DeviceState | None]]:
+    from .control import Control, list_dev_ids
+
+    with Control() as control:
+        if dev_id is not None:
+            return [_known_device(control, dev_id)]
+        found = []
+        for each in list_dev_ids():
+            try:
+                found.append(_known_device(control, each))
+            except DriverError:
+                # Deleted since, or another user's.
+                continue
+        return found
+
+
+def _known_device(control: Control, dev_id: int) -> tuple[DevInfo, Params, DeviceState | None]:
+    info = control.get_dev_info(dev_id)
+    params = control.get_params(dev_id)
+    try:
+        known = listing.state_of(info, state.read(dev_id))
+    except DaemonError as error:
+        click.echo(f"ublk: {error}", err=True)
+        known = None
+    return info, params, known
+
+
+# ---- recover ----
+
+
+@cli.command(short_help="Serve again a device whose server died.")
+@number_option(required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
+def recover(dev_id: int, as_json: bool) -> None:
+    """Serve again a device that was added with -r, -i or -e and whose server died.
+
+    \b
+    Example:
+      ublk recover -n 0
+    """
+    from . import manage, server
+
+    known = manage.recoverable(dev_id)
+    request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
+    _show(server.launch(request, _describe), as_json)
+
+
+# ---- features, set_affinity, help ----
+
+
+@cli.command(short_help="Show what the driver offers.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def features(as_json: bool) -> None:
+    """Show the driver's features.
+
+    \b
+    Example:
+      ublk features --json
+    """
+    from .control import Control
+
+    with Control() as control:
+        bits = control.get_features()
+    if as_json:
+        click.echo(json.dumps(listing.features_document(bits), indent=2))
+    else:
+        click.echo(listing.features_text(bits))
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """Return the CPUs of ``[0,2]``, as the reference server takes them, or of ``0-2,5``.
+
+    :raises ValueError: it is neither.
+    """
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    cpus: set[int] = set()
+    for part in inner.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        if match is None:
+            raise ValueError(f"--cpuset {text}: not a list of CPUs such as [0,2] or 0-3")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ValueError(f"--cpuset {text}: {first}-{last} runs backwards")
+        cpus.update(range(first, last + 1))
+    return frozenset(cpus)
+
+
+@cli.command("set_affinity", short_help="Choose the CPUs of a queue's thread.")
+@number_option(required=True)
+@click.option("-q", "--queue", "q_id", type=click.IntRange(0), required=True, metavar="QID")
+@click.option("--cpuset", required=True, metavar="SET", help="CPUs, such as [0,2] or 0-3.")
+def set_affinity(dev_id: int, q_id: int, cpuset: str) -> None:
+    """Choose the CPUs that a queue's thread runs on.
+
+    \b
+    Example:
+      ublk set_affinity -n 0 -q 0 --cpuset "[0,1]"
+    """
+    cpus = parse_cpus(cpuset)
+    from . import manage
+
+    manage.set_affinity(dev_id, q_id, cpus)
+
+
+@cli.command("help", short_help="Show help, or that of one type.")
+@click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES))
+@click.pass_context
+def show_help(ctx: click.Context, kind: str | None) -> None:
+    """Show help, or the options of one type of device.
+
+    \b
+    Example:
+      ublk help -t loop
+    """
+    assert ctx.parent is not None
+    if kind is None:
+        click.echo(ctx.parent.get_help())
+        return
+    with click.Context(add, info_name=f"ublk add -t {kind}") as sub_context:
+        body = _TYPE_HELP[kind].replace("\b\n", "")
+        click.echo(f"{sub_context.get_usage()}\n\n{body}\n\nAll options: ublk add --help")
+
+
+def main() -> NoReturn:
+    """Run the ``ublk`` command."""
+    cli(prog_name="ublk")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

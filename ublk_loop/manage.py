@@ -1,0 +1,167 @@
+"""What the CLI does to a device that another process serves: delete it, bind its threads, ...
+
+In: a dev_id. Out: the change, or one UblkLoopError. Runs in the CLI. Every wait has a deadline, and
+a signal goes only to a process that the state file names by pid and start time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Collection
+from dataclasses import replace
+
+from . import listing, state, uapi
+from .control import Control, DevInfo
+from .errors import DaemonError, DriverError
+from .process import ServerProcess
+from .state import DeviceState
+
+STOP_TIMEOUT_S = 10.0
+LEAVE_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 5.0
+DEL_TIMEOUT_S = 10.0
+QUIESCE_TIMEOUT_S = 5.0
+
+
+def delete(dev_id: int, *, no_wait: bool = False) -> list[str]:
+    """Stop a device, wait for its server to leave, delete it; return notes for the user.
+
+    A server of ours that does not leave is killed. Requests in flight fail with EIO.
+
+    :param no_wait: do not wait until the driver has let the device go (DEL_DEV_ASYNC).
+    :raises DriverError: ENODEV; EOPNOTSUPP (``no_wait`` before v6.9); ETIMEDOUT if another process
+        holds the device.
+    """
+    with Control() as control:
+        info = control.get_dev_info(dev_id)
+    notes: list[str] = []
+    try:
+        known = listing.state_of(info, state.read(dev_id))
+    except DaemonError as error:
+        notes.append(str(error))
+        known = None
+    with _Server(info, known) as server:
+        _stop(dev_id, server)
+        if not server.leave():
+            notes.append(f"server {server.pid} of dev {dev_id} does not end, and is none of ours")
+    with Control() as control:
+        if no_wait:
+            control.del_dev_async(dev_id)
+        else:
+            control.del_dev(dev_id, timeout_s=DEL_TIMEOUT_S)
+    state.remove(dev_id)
+    return notes
+
+
+def _stop(dev_id: int, server: _Server) -> None:
+    try:
+        with Control() as control:
+            control.stop_dev(dev_id, timeout_s=STOP_TIMEOUT_S)
+    except DriverError as error:
+        # A server that hangs never ends its requests, and STOP_DEV waits for them.
+        if error.errno != errno.ETIMEDOUT or not server.kill():
+            raise
+        with Control() as control:
+            control.stop_dev(dev_id, timeout_s=STOP_TIMEOUT_S)
+
+
+class _Server:
+    """The process behind a device, which may be ours, another's, or gone."""
+
+    def __init__(self, info: DevInfo, known: DeviceState | None) -> None:
+        self.pid = info.ublksrv_pid
+        ticks = None
+        if known is not None and self.pid in (known.server_pid, -1, 0):
+            self.pid, ticks = known.server_pid, known.server_start_ticks
+        self._is_ours = ticks is not None
+        self._process = ServerProcess.find(self.pid, ticks)
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and not self._process.wait(0)
+
+    def leave(self) -> bool:
+        """Wait for it to end, kill it if it is ours; False if it still runs."""
+        if self._process is None or self._process.wait(LEAVE_TIMEOUT_S):
+            return True
+        return self.kill()
+
+    def kill(self) -> bool:
+        """Kill it if it is ours; False if it still runs."""
+        if self._process is None or not self._is_ours:
+            return False
+        self._process.send(signal.SIGKILL)
+        return self._process.wait(KILL_TIMEOUT_S)
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.close()
+
+
+def recoverable(dev_id: int) -> DeviceState:
+    """Return the state of a device of ours that waits for a new server.
+
+    :raises DriverError: ENODEV.
+    :raises DaemonError: ENOENT (not a device of ours); EBUSY (its server lives); EINVAL (it was not
+        added for recovery, or cannot be recovered).
+    """
+    what = f"recover dev {dev_id}"
+    with Control() as control:
+        info = control.get_dev_info(dev_id)
+        known = listing.state_of(info, state.read(dev_id))
+        if known is None:
+            raise DaemonError(errno.ENOENT, what, "ublk_loop has no state of it: serve it anew")
+        info = _wait_until_quiesced(control, info, known)
+    if info.state == uapi.UBLK_S_DEV_LIVE:
+        raise DaemonError(errno.EBUSY, what, f"its server (pid {info.ublksrv_pid}) is alive")
+    if info.state == uapi.UBLK_S_DEV_DEAD:
+        raise DaemonError(errno.EINVAL, what, "it was not added with -r, -i or -e: delete it")
+    return known
+
+
+def _wait_until_quiesced(control: Control, info: DevInfo, known: DeviceState) -> DevInfo:
+    # Between the death of a server and its device's new state there are moments of LIVE.
+    deadline = time.monotonic() + QUIESCE_TIMEOUT_S
+    while info.state == uapi.UBLK_S_DEV_LIVE and time.monotonic() < deadline:
+        with _Server(info, known) as server:
+            if server.is_alive():
+                break
+        time.sleep(0.02)
+        info = control.get_dev_info(info.dev_id)
+    return info
+
+
+def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
+    """Bind the thread of a queue to ``cpus``.
+
+    :raises DaemonError: ENOENT (not a device of ours); EINVAL (no such queue, or none of the CPUs
+        can be used); ESRCH (its server is gone).
+    """
+    what = f"set_affinity dev {dev_id}"
+    known = state.read(dev_id)
+    if known is None:
+        raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
+    if q_id >= len(known.queues):
+        raise DaemonError(errno.EINVAL, what, f"it has queues 0 to {len(known.queues) - 1}")
+    server = ServerProcess.find(known.server_pid, known.server_start_ticks)
+    if server is None:
+        raise DaemonError(errno.ESRCH, what, "its server is gone")
+    queue = known.queues[q_id]
+    with server:
+        if not os.path.exists(f"/proc/{server.pid}/task/{queue.tid}"):
+            raise DaemonError(errno.ESRCH, what, f"queue {q_id} has ended")
+        try:
+            os.sched_setaffinity(queue.tid, cpus)
+        except OSError as error:
+            raise DaemonError(error.errno or errno.EIO, what, "see nproc, /proc/cpuinfo") from error
+        bound = replace(queue, affinity=tuple(sorted(os.sched_getaffinity(queue.tid))))
+        queues = tuple(bound if each.q_id == q_id else each for each in known.queues)
+        state.write(replace(known, queues=queues))
+        if server.wait(0):
+            state.remove(dev_id)

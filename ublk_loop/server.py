@@ -1,0 +1,519 @@
+"""The process that serves one device, and the start of it.
+
+    launch()  the caller's side: fork the server, wait until its device is live, or say why not
+    serve()   the server's side, and all of a foreground server:
+              target, hardening, add or recover, state file, live; wait; stop, delete
+
+The server reports to its launcher through a pipe, one JSON object a line: ``added`` (a dev_id now
+exists), then ``live`` or ``error``. Until it is live its stderr goes to a memfd, whose end the
+launcher quotes if the server crashes; from then on to the journal, or to a file beside the state.
+
+launch() runs in the CLI and must come before the first thread or ring. serve() runs on the server's
+main thread, waits in Python and never touches a request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import listing, process, state, uapi
+from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
+from .process import ServerProcess
+from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
+
+if TYPE_CHECKING:
+    from .control import Control, DevInfo
+    from .device import Device
+    from .params import Params
+    from .target import Target
+
+    Describe = Callable[[DevInfo, Params, DeviceState], Any]
+
+ADD_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 30.0
+NODE_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 30.0
+LAUNCH_TIMEOUT_S = ADD_TIMEOUT_S + START_TIMEOUT_S + NODE_TIMEOUT_S + 10
+NR_LAST_WORDS = 5
+
+_JOURNAL_PATH = "/run/systemd/journal/stdout"
+_HEALTH_INTERVAL_S = 5.0
+_ERRORS = (BackingFileError, DaemonError, DriverError, UblkLoopError)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to serve. ``dev_id`` -1: the first free one; with ``recover`` the device exists."""
+
+    options: DeviceOptions
+    spec: TargetSpec
+    dev_id: int = -1
+    recover: bool = False
+
+    @property
+    def what(self) -> str:
+        """What is attempted, for messages."""
+        verb = "recover" if self.recover else "add"
+        return f"{verb} dev {self.dev_id}" if self.dev_id >= 0 else verb
+
+
+# ---- the caller's side ----
+
+
+def launch(request: Request, describe: Describe, timeout_s: float = LAUNCH_TIMEOUT_S) -> Any:
+    """Fork a server, wait until its device is live and return what ``describe`` said of it.
+
+    ``describe`` runs in the server. If this raises, no device, process or state file is left (of a
+    recovery: the device waits for the next one).
+
+    :raises UblkLoopError: what stopped the server.
+    :raises ValueError: arguments that the server found bad, before anything changed.
+    :raises DaemonError: ESRCH if the server died, with its last words; ETIMEDOUT.
+    """
+    report_fd, server_fd = os.pipe2(os.O_CLOEXEC)
+    words_fd = os.memfd_create("ublk-log", os.MFD_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _server_main(request, describe, server_fd, words_fd)
+    os.close(server_fd)
+    launched = _Launched(request, pid, report_fd, words_fd)
+    try:
+        return launched.wait_live(time.monotonic() + timeout_s)
+    except BaseException:
+        launched.abandon()
+        raise
+    finally:
+        os.close(report_fd)
+        os.close(words_fd)
+
+
+class _Launched:
+    """A server on its way to live, seen from its launcher, which is also its parent."""
+
+    def __init__(self, request: Request, pid: int, report_fd: int, words_fd: int) -> None:
+        self._request = request
+        self._pid = pid
+        self._report_fd = report_fd
+        self._words_fd = words_fd
+        self._added: dict[str, int] = {}
+        self._status: int | None = None
+
+    def wait_live(self, deadline: float) -> Any:
+        for report in self._reports(deadline):
+            if "added" in report:
+                self._added = report["added"]
+            elif "live" in report:
+                return report["live"]
+            elif "error" in report:
+                raise _unpack_error(report["error"])
+        self._reap(5)
+        raise DaemonError(errno.ESRCH, self._request.what, self._obituary())
+
+    def abandon(self) -> None:
+        # The server tears down by itself when asked; if it cannot, its launcher does.
+        with contextlib.suppress(ProcessLookupError):
+            if self._status is None:
+                os.kill(self._pid, signal.SIGTERM)
+        if not self._reap(2 * STOP_TIMEOUT_S):
+            os.kill(self._pid, signal.SIGKILL)
+            self._reap(5)
+        crashed = self._status is None or self._status < 0
+        if crashed and self._added and not self._request.recover:
+            forget_device(**self._added)
+
+    def _reports(self, deadline: float) -> Iterator[dict[str, Any]]:
+        poller = select.poll()
+        poller.register(self._report_fd, select.POLLIN)
+        pending = b""
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not poller.poll(left_s * 1000):
+                hint = f"the server (pid {self._pid}) did not report{self._words()}"
+                raise DaemonError(errno.ETIMEDOUT, self._request.what, hint)
+            data = os.read(self._report_fd, 65536)
+            if not data:
+                return
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+
+    def _reap(self, timeout_s: float) -> bool:
+        if self._status is None and (server := ServerProcess.find(self._pid)) is not None:
+            with server:
+                if not server.wait(timeout_s):
+                    return False
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return True
+
+    def _obituary(self) -> str:
+        status = self._status
+        if status is None:
+            how = "closed its pipe and lives on"
+        elif status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+        else:
+            how = f"ended with status {status}"
+        return f"the server (pid {self._pid}) {how} before the device was live{self._words()}"
+
+    def _words(self) -> str:
+        text = os.pread(self._words_fd, 1 << 20, 0).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return "".join(f"; {line}" for line in lines[-NR_LAST_WORDS:])
+
+
+def forget_device(dev_id: int, sysfs_ino: int) -> None:
+    """Stop and delete what a dead server of ours left, as far as it goes."""
+    from .control import Control
+
+    if listing.sysfs_ino(dev_id) != sysfs_ino:
+        return
+    with contextlib.suppress(OSError), Control() as control:
+        for step in (control.stop_dev, control.del_dev):
+            with contextlib.suppress(OSError):
+                step(dev_id)
+    state.remove(dev_id)
+
+
+def _pack_error(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UblkLoopError):
+        return {
+            "type": type(error).__name__,
+            "errno": error.errno,
+            "what": error.what,
+            "hint": error.hint,
+        }
+    return {"type": type(error).__name__, "text": str(error)}
+
+
+def _unpack_error(packed: dict[str, Any]) -> Exception:
+    for kind in _ERRORS:
+        if packed["type"] == kind.__name__:
+            return kind(packed["errno"], packed["what"], packed["hint"])
+    if packed["type"] == "ValueError":
+        return ValueError(packed["text"])
+    return DaemonError(errno.EIO, "server", f"{packed['type']}: {packed['text']}")
+
+
+# ---- the server's side ----
+
+
+def check_flags(flags: int, supported: int, features: int) -> None:
+    """Refuse modes that this version or this driver does not offer.
+
+    :param supported: UBLK_F_* that the data plane can do.
+    :param features: what GET_FEATURES said; 0: nothing is known.
+    :raises DriverError: EOPNOTSUPP, naming the modes.
+    """
+    absent = flags & ~features if features else 0
+    for lacking, who in ((flags & ~supported, "this version"), (absent, "this driver")):
+        if lacking:
+            names = ", ".join(listing.flag_names(lacking))
+            raise DriverError(errno.EOPNOTSUPP, names, f"{who} does not offer it")
+
+
+def serve(
+    request: Request,
+    describe: Describe,
+    on_added: Callable[[int, int], None],
+    on_live: Callable[[int, Any], None],
+) -> None:
+    """Serve a device until it is stopped from outside, or SIGTERM or SIGINT ends and deletes it.
+
+    :param on_added: called with the dev_id and the inode in sysfs once the device exists.
+    :param on_live: called with the dev_id and what ``describe`` returned. If it raises, the device
+        is deleted.
+    :raises UblkLoopError: what went wrong; before the device was live, it has been deleted again.
+    """
+    with _Events() as events:
+        target = _build_target(request.spec)
+        process.protect_from_mounts(keep=[state.state_dir()])
+        process.protect_from_reclaim()
+        from .control import Control
+
+        with Control() as control:
+            device = _make_device(control, target, request)
+            try:
+                known = _state_of(device, request)
+                on_added(known.dev_id, known.sysfs_ino)
+                state.write(known)
+                device.start(START_TIMEOUT_S)
+                _wait_for_node(device.block_path)
+                if events.stop_requested:
+                    raise DaemonError(errno.EINTR, request.what)
+                params = control.get_params(device.dev_id)
+                on_live(device.dev_id, describe(device.info, params, known))
+            except BaseException:
+                _give_up(device, request)
+                raise
+            _log.info("dev %d is live", device.dev_id)
+            _serve_until_end(control, device, events)
+
+
+def _build_target(spec: TargetSpec) -> Target:
+    from .target import LoopTarget, NullTarget, RamTarget
+
+    if spec.type == "loop":
+        return LoopTarget(
+            spec.path,
+            offset_bytes=spec.offset_bytes,
+            nr_bytes=spec.nr_bytes,
+            direct=spec.direct,
+            read_only=spec.read_only,
+        )
+    if spec.nr_bytes is None:
+        raise ValueError(f"a {spec.type} target needs a size")
+    return NullTarget(spec.nr_bytes) if spec.type == "null" else RamTarget(spec.nr_bytes)
+
+
+def _make_device(control: Control, target: Target, request: Request) -> Device:
+    from .device import SUPPORTED_FLAGS, Device
+
+    options = request.options
+    try:
+        if request.recover:
+            return Device.recover(
+                control, target, request.dev_id, policy=options.policy, timeout_s=ADD_TIMEOUT_S
+            )
+        check_flags(options.flags, SUPPORTED_FLAGS, control.get_features())
+        return Device.add(
+            control,
+            target,
+            dev_id=request.dev_id,
+            nr_hw_queues=options.nr_hw_queues,
+            queue_depth=options.queue_depth,
+            max_io_buf_bytes=options.max_io_buf_bytes,
+            flags=options.flags,
+            policy=options.policy,
+            timeout_s=ADD_TIMEOUT_S,
+        )
+    except BaseException:
+        target.close()
+        raise
+
+
+def _state_of(device: Device, request: Request) -> DeviceState:
+    target = device.target
+    spec = replace(request.spec, nr_bytes=target.size)
+    if spec.type == "loop":
+        # What was found, so that a recovery finds the same geometry or fails.
+        spec = replace(spec, direct=bool(target.describe()["direct_io"]))
+    info = device.info
+    return DeviceState(
+        dev_id=device.dev_id,
+        sysfs_ino=listing.sysfs_ino(device.dev_id),
+        server_pid=os.getpid(),
+        server_start_ticks=process.start_ticks(os.getpid()) or 0,
+        options=replace(
+            request.options,
+            nr_hw_queues=info.nr_hw_queues,
+            queue_depth=info.queue_depth,
+            max_io_buf_bytes=info.max_io_buf_bytes,
+            flags=info.flags,
+        ),
+        spec=spec,
+        target=target.describe(),
+        queues=tuple(
+            QueueState(hctx.q_id, hctx.tid, tuple(sorted(hctx.affinity))) for hctx in device.hctxs
+        ),
+    )
+
+
+def _wait_for_node(path: str) -> None:
+    # devtmpfs has it at once; without devtmpfs udev makes it.
+    deadline = time.monotonic() + NODE_TIMEOUT_S
+    while not os.path.exists(path):
+        if time.monotonic() >= deadline:
+            raise DaemonError(errno.ENOENT, path, "the device is live, but its node did not appear")
+        time.sleep(0.01)
+
+
+def _give_up(device: Device, request: Request) -> None:
+    if request.recover:
+        with contextlib.suppress(OSError):
+            device.close()
+        return
+    device.delete_quietly()
+    state.remove(device.dev_id)
+
+
+def _serve_until_end(control: Control, device: Device, events: _Events) -> None:
+    device.on_end(events.wake)
+    while not events.stop_requested and not device.wait(0) and not device.errors():
+        events.wait(_HEALTH_INTERVAL_S)
+    if device.errors():
+        # As after a crash: the driver fails the device, or keeps it for a recovery.
+        raise device.errors()[0]
+    if events.stop_requested:
+        _log.info("dev %d: asked to stop", device.dev_id)
+        device.stop(STOP_TIMEOUT_S)
+        # Before ublkcN is closed: after that the dev_id may be somebody else's.
+        state.remove(device.dev_id)
+        device.delete(STOP_TIMEOUT_S)
+    else:
+        _log.info("dev %d was stopped", device.dev_id)
+        if not _is_quiesced(control, device.dev_id):
+            state.remove(device.dev_id)
+        device.close(STOP_TIMEOUT_S)
+
+
+def _is_quiesced(control: Control, dev_id: int) -> bool:
+    # Stopped by QUIESCE_DEV: somebody is to recover the device.
+    try:
+        return control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_QUIESCED
+    except UblkLoopError:
+        return False
+
+
+class _Events:
+    """What wakes the main thread: SIGTERM, SIGINT, the end of the device. No polling, no race."""
+
+    def __init__(self) -> None:
+        self.stop_requested = False
+        self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._old_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._old_handlers = {
+            number: signal.signal(number, self._request_stop)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def wake(self) -> None:
+        """Wake the main thread; may be called on any thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write_fd, b"\0")
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for a signal or a wake-up; on the main thread."""
+        select.select([self._read_fd], [], [], timeout_s)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read_fd, 4096)
+
+    def __enter__(self) -> _Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup_fd)
+        # The pipe stays open: a late wake() on another thread must not hit a reused fd.
+
+    def _request_stop(self, *_: object) -> None:
+        self.stop_requested = True
+
+
+# ---- the server as a daemon ----
+
+
+def _server_main(request: Request, describe: Describe, report_fd: int, words_fd: int) -> NoReturn:
+    # Never returns into the caller's code: its atexit handlers and buffers are not ours.
+    status = 1
+    try:
+        report_fd = _detach(report_fd, words_fd)
+        status = _serve_and_report(request, describe, report_fd)
+    except BaseException:
+        _log.exception("server failed")
+    finally:
+        os._exit(status)
+
+
+def _serve_and_report(request: Request, describe: Describe, report_fd: int) -> int:
+    live = False
+
+    def report(**what: Any) -> None:
+        data = json.dumps(what).encode() + b"\n"
+        while data:
+            data = data[os.write(report_fd, data) :]
+
+    def on_live(dev_id: int, description: Any) -> None:
+        nonlocal live
+        _switch_log(dev_id)
+        report(live=description)
+        os.close(report_fd)
+        live = True
+
+    def on_added(dev_id: int, sysfs_ino: int) -> None:
+        report(added={"dev_id": dev_id, "sysfs_ino": sysfs_ino})
+
+    try:
+        serve(request, describe, on_added, on_live)
+    except BrokenPipeError:
+        _log.error("%s: given up, nobody waits for it", request.what)
+    except (UblkLoopError, ValueError) as error:
+        if live:
+            _log.error("%s", error)
+        else:
+            report(error=_pack_error(error))
+    else:
+        return 0
+    return 1
+
+
+def _detach(report_fd: int, words_fd: int) -> int:
+    """Leave the caller's session, files and folder; return the report's new fd."""
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o077)
+    null_fd = os.open(os.devnull, os.O_RDWR)
+    # Whatever else the caller had open (locks, pipes) must not live as long as the device. First
+    # out of the way: any of these may be 0 to 3 itself.
+    ours = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (null_fd, words_fd, words_fd, report_fd)]
+    for target_fd, fd in enumerate(ours):
+        os.dup2(fd, target_fd)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    os.set_inheritable(3, False)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stream = io.FileIO(2, "w", closefd=False)
+    sys.stdout = sys.stderr = io.TextIOWrapper(
+        stream, errors="backslashreplace", line_buffering=True, write_through=True
+    )
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s", force=True
+    )
+    return 3
+
+
+def _switch_log(dev_id: int) -> None:
+    """Send stdout and stderr, and what they got so far, to the journal or a file."""
+    import faulthandler
+
+    log_fd = _open_journal(f"ublk-{dev_id}")
+    if log_fd is None:
+        path = state.log_path(dev_id)
+        log_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    early = os.pread(2, 1 << 16, 0)
+    if early:
+        with contextlib.suppress(OSError):
+            os.write(log_fd, early)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.close(log_fd)
+    faulthandler.enable(2)
+
+
+def _open_journal(identifier: str) -> int | None:
+    # The header of a journal stream: identifier, unit, priority (6: info), level prefixes, and no
+    # forwarding, three times. Source: sd_journal_stream_fd(3). Non-blocking: a full journal must
+    # not stop a server to whose device the journal may be written.
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+            stream.connect(_JOURNAL_PATH)
+            stream.sendall(f"{identifier}\n\n6\n0\n0\n0\n0\n".encode())
+            stream.setblocking(False)
+            return stream.detach()
+    except OSError:
+        return None

@@ -1,0 +1,307 @@
+"""What is known of each served device: one JSON file a device, which list and recover read.
+
+In: a DeviceState from the server, before its device goes live. Out: the same, for the CLI; all that
+is read is checked first, and a bad file is one DaemonError. Runs on a server's main thread and in
+the CLI. It never talks to the driver, and never trusts a file that another user could have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+from .errors import DaemonError
+
+VERSION = 1
+MAX_NR_BYTES = 1 << 20
+MAX_DEV_ID = (1 << 20) - 1
+MAX_NR_HW_QUEUES = 4096
+MAX_QUEUE_DEPTH = 4096
+MAX_NR_CPUS = 1 << 16
+POLICIES = ("2014", "base")
+TARGET_TYPES = ("loop", "null", "ram")
+
+JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
+Json: TypeAlias = "dict[str, JsonValue]"
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a target is built from; ``nr_bytes`` and ``direct`` None mean what the file offers."""
+
+    type: str
+    path: str = ""
+    offset_bytes: int = 0
+    nr_bytes: int | None = None
+    direct: bool | None = None
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What the driver was asked for, and the policy; ``flags`` are UBLK_F_* bits."""
+
+    nr_hw_queues: int = 1
+    queue_depth: int = 128
+    max_io_buf_bytes: int = 512 * 1024
+    flags: int = 0
+    policy: str = "2014"
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """One hctx: its thread and the CPUs that the driver wants it on."""
+
+    q_id: int
+    tid: int
+    affinity: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """One device; ``sysfs_ino`` tells it from a later device with the same dev_id (0: unknown)."""
+
+    dev_id: int
+    sysfs_ino: int
+    server_pid: int
+    server_start_ticks: int
+    options: DeviceOptions
+    spec: TargetSpec
+    target: Json
+    queues: tuple[QueueState, ...]
+
+
+def state_dir() -> str:
+    """Return the folder of the state files: UBLK_LOOP_STATE_DIR, /run/ublk, or the user's own."""
+    chosen = os.environ.get("UBLK_LOOP_STATE_DIR")
+    if chosen:
+        return os.path.abspath(chosen)
+    if os.geteuid() == 0:
+        return "/run/ublk"
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}", "ublk")
+
+
+def state_path(dev_id: int) -> str:
+    """Return the path of a device's state file."""
+    return os.path.join(state_dir(), f"{dev_id}.json")
+
+
+def log_path(dev_id: int) -> str:
+    """Return the path of a server's log, for systems without a journal."""
+    return os.path.join(state_dir(), f"{dev_id}.log")
+
+
+def make_state_dir() -> None:
+    """Create the state folder, closed to others.
+
+    :raises DaemonError: EACCES and the like; EPERM if another user owns or can write the folder.
+    """
+    folder = state_dir()
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = os.stat(folder)
+    except OSError as error:
+        raise DaemonError(error.errno or errno.EIO, f"state folder {folder}") from error
+    if not _is_ours(found):
+        raise DaemonError(
+            errno.EPERM, f"state folder {folder}", "it must be owned and writable by this user only"
+        )
+
+
+def write(state: DeviceState) -> None:
+    """Write a device's state, or replace it, atomically.
+
+    :raises DaemonError: the errno of the folder or the file.
+    """
+    make_state_dir()
+    path = state_path(state.dev_id)
+    scratch = f"{path}.{os.getpid()}"
+    text = json.dumps({"version": VERSION, **asdict(state)}, indent=1, sort_keys=True)
+    try:
+        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(scratch, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise DaemonError(error.errno or errno.EIO, f"state file {path}") from error
+
+
+def read(dev_id: int) -> DeviceState | None:
+    """Return a device's state, or None if there is no file.
+
+    :raises DaemonError: EBADMSG if the file is not a valid state; EPERM if another user could have
+        written it; else the errno of opening it.
+    """
+    path = state_path(dev_id)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or not _is_ours(found):
+                raise DaemonError(errno.EPERM, f"state file {path}", "another user could write it")
+            data = file.read(MAX_NR_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except DaemonError:
+        raise
+    except OSError as error:
+        raise DaemonError(error.errno or errno.EIO, f"state file {path}") from error
+    try:
+        state = parse(data)
+        if state.dev_id != dev_id:
+            raise ValueError(f"it describes dev {state.dev_id}")
+    except ValueError as error:
+        raise DaemonError(errno.EBADMSG, f"state file {path}", str(error)) from error
+    return state
+
+
+def remove(dev_id: int) -> None:
+    """Remove a device's state and log; neither need exist."""
+    for path in (state_path(dev_id), log_path(dev_id)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def parse(data: bytes) -> DeviceState:
+    """Return the state that ``data`` holds.
+
+    :raises ValueError: what is wrong with it, one sentence, for a person.
+    """
+    if len(data) > MAX_NR_BYTES:
+        raise ValueError(f"it is larger than {MAX_NR_BYTES} bytes")
+    try:
+        document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    fields = _Fields("the file", document, "version", *DeviceState.__dataclass_fields__)
+    if fields.integer("version", 0, 1 << 31) != VERSION:
+        raise ValueError(f"its version is not {VERSION}")
+    return DeviceState(
+        dev_id=fields.integer("dev_id", 0, MAX_DEV_ID),
+        sysfs_ino=fields.integer("sysfs_ino", 0, 1 << 64),
+        server_pid=fields.integer("server_pid", 1, 1 << 22),
+        server_start_ticks=fields.integer("server_start_ticks", 0, 1 << 63),
+        options=_parse_options(fields.value("options")),
+        spec=_parse_spec(fields.value("spec")),
+        target=fields.mapping("target"),
+        queues=_parse_queues(fields.value("queues")),
+    )
+
+
+def _parse_options(value: JsonValue) -> DeviceOptions:
+    fields = _Fields("options", value, *DeviceOptions.__dataclass_fields__)
+    return DeviceOptions(
+        nr_hw_queues=fields.integer("nr_hw_queues", 1, MAX_NR_HW_QUEUES),
+        queue_depth=fields.integer("queue_depth", 1, MAX_QUEUE_DEPTH),
+        max_io_buf_bytes=fields.integer("max_io_buf_bytes", 4096, 32 << 20),
+        flags=fields.integer("flags", 0, (1 << 64) - 1),
+        policy=fields.choice("policy", POLICIES),
+    )
+
+
+def _parse_spec(value: JsonValue) -> TargetSpec:
+    fields = _Fields("spec", value, *TargetSpec.__dataclass_fields__)
+    spec = TargetSpec(
+        type=fields.choice("type", TARGET_TYPES),
+        path=fields.text("path"),
+        offset_bytes=fields.integer("offset_bytes", 0, (1 << 63) - 1),
+        nr_bytes=fields.optional_integer("nr_bytes", 0, (1 << 63) - 1),
+        direct=fields.optional_boolean("direct"),
+        read_only=fields.boolean("read_only"),
+    )
+    if spec.type == "loop" and not os.path.isabs(spec.path):
+        raise ValueError("spec: path is not absolute")
+    return spec
+
+
+def _parse_queues(value: JsonValue) -> tuple[QueueState, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_NR_HW_QUEUES:
+        raise ValueError(f"queues is not a list of 1 to {MAX_NR_HW_QUEUES}")
+    queues = tuple(_parse_queue(item) for item in value)
+    if [queue.q_id for queue in queues] != list(range(len(queues))):
+        raise ValueError("queues are not numbered from 0 in order")
+    return queues
+
+
+def _parse_queue(value: JsonValue) -> QueueState:
+    fields = _Fields("a queue", value, *QueueState.__dataclass_fields__)
+    cpus = fields.value("affinity")
+    if not isinstance(cpus, list) or not all(
+        type(cpu) is int and 0 <= cpu < MAX_NR_CPUS for cpu in cpus
+    ):
+        raise ValueError("a queue: affinity is not a list of CPU numbers")
+    return QueueState(
+        q_id=fields.integer("q_id", 0, MAX_NR_HW_QUEUES - 1),
+        tid=fields.integer("tid", 0, 1 << 22),
+        affinity=tuple(cpu for cpu in cpus if isinstance(cpu, int)),
+    )
+
+
+class _Fields:
+    """The members of one JSON object: exactly the given names, each of the type asked for."""
+
+    def __init__(self, where: str, value: JsonValue, *names: str) -> None:
+        self._where = where
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is not an object")
+        if missing := sorted(set(names) - set(value)):
+            raise ValueError(f"{where} lacks {', '.join(missing)}")
+        if unknown := sorted(set(value) - set(names)):
+            raise ValueError(f"{where} has unknown {', '.join(unknown)}")
+        self._members: Mapping[str, JsonValue] = value
+
+    def value(self, name: str) -> JsonValue:
+        return self._members[name]
+
+    def mapping(self, name: str) -> Json:
+        found = self.value(name)
+        if not isinstance(found, dict):
+            raise ValueError(f"{self._where}: {name} is not an object")
+        return found
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        found = self.value(name)
+        # bool is an int to isinstance(), and true is no size.
+        if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
+            raise ValueError(f"{self._where}: {name} is not a number from {low} to {high}")
+        return found
+
+    def optional_integer(self, name: str, low: int, high: int) -> int | None:
+        return None if self.value(name) is None else self.integer(name, low, high)
+
+    def boolean(self, name: str) -> bool:
+        found = self.value(name)
+        if not isinstance(found, bool):
+            raise ValueError(f"{self._where}: {name} is not true or false")
+        return found
+
+    def optional_boolean(self, name: str) -> bool | None:
+        return None if self.value(name) is None else self.boolean(name)
+
+    def text(self, name: str) -> str:
+        found = self.value(name)
+        if not isinstance(found, str) or "\0" in found:
+            raise ValueError(f"{self._where}: {name} is not a text")
+        return found
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        found = self.text(name)
+        if found not in choices:
+            raise ValueError(f"{self._where}: {name} is none of {', '.join(choices)}")
+        return found
+
+
+def _no_constant(name: str) -> JsonValue:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
