@@ -1,0 +1,451 @@
+"""What the kernel tests share: devices, files, file systems, clients and fio on the real driver.
+
+A device is served by the test's own process (``device``) or by the command line (``ublk``). What a
+test starts ends with it: an autouse fixture fails a test that leaves a device, thread, process,
+mount or file descriptor behind, or a splat in the kernel's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import random
+import re
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ublk_loop.control import Control
+from ublk_loop.device import Device
+from ublk_loop.target import Target
+
+COMMAND_TIMEOUT_S = 60
+SETTLE_TIMEOUT_S = 10
+MARK = "UBLK_LOOP_TEST"
+HUNG_TASK_S = 30
+SPLAT = re.compile(
+    r"WARNING:|BUG:|Oops|blocked for more than|possible (circular|recursive) locking|"
+    r"inconsistent lock state|suspicious RCU|general protection fault|refcount_t:"
+)
+BLKDISCARD = 0x1277
+BLKZEROOUT = 0x127F
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# ---- the driver, and what a test leaves behind ----
+
+
+@pytest.fixture(scope="session", autouse=True)
+def driver() -> Iterator[None]:
+    """Skip without root and ublk_drv; have the kernel report a hung task soon."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    if not os.path.exists("/dev/ublk-control"):
+        subprocess.run(["modprobe", "ublk_drv"], capture_output=True)
+    if not os.path.exists("/dev/ublk-control"):
+        pytest.skip("needs the kernel module ublk_drv")
+    knob = Path("/proc/sys/kernel/hung_task_timeout_secs")
+    if not knob.exists():
+        yield
+        return
+    before = knob.read_text()
+    knob.write_text(str(HUNG_TASK_S))
+    yield
+    knob.write_text(before)
+
+
+class KernelLog:
+    """The kernel's log from now on."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.lseek(self._fd, 0, os.SEEK_END)
+
+    def read(self) -> list[str]:
+        """Return the messages since the last call."""
+        messages = []
+        while True:
+            try:
+                record = os.read(self._fd, 8192).decode(errors="replace")
+            except BlockingIOError:
+                return messages
+            except BrokenPipeError:  # overwritten before we came: go on with the oldest there is
+                continue
+            messages.append(record.partition(";")[2].partition("\n")[0])
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What exists now that a test could leave behind."""
+
+    devices: frozenset[str]
+    threads: frozenset[str]
+    processes: frozenset[str]
+    fds: frozenset[str]
+    mounts: frozenset[str]
+
+    @classmethod
+    def take(cls, mark: str) -> Census:
+        return cls(_devices(), _threads(), _processes(mark), _fds(), _mounts())
+
+    def added_to(self, before: Census) -> dict[str, list[str]]:
+        added = {f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)}
+        return {name: sorted(what) for name, what in added.items() if what}
+
+
+def _devices() -> frozenset[str]:
+    ublk = {str(p) for p in Path("/dev").glob("ublk[bc]*")}
+    ublk |= {str(p) for p in Path("/sys/class/ublk-char").glob("*")}
+    # A loop device stays when it is detached; every other disk goes.
+    disks = {
+        str(p)
+        for p in Path("/sys/block").glob("*")
+        if not p.name.startswith("loop") or (p / "loop/backing_file").exists()
+    }
+    return frozenset(ublk | disks)
+
+
+def _threads() -> frozenset[str]:
+    return frozenset(f"tid {tid}" for tid in os.listdir("/proc/self/task"))
+
+
+def _processes(mark: str) -> frozenset[str]:
+    # Whoever was started by the test has its mark, daemons and grandchildren too; a zombie has no
+    # environment any more, but then it is a child of ours.
+    found = set()
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (proc / "environ").read_bytes() and proc.name != str(os.getpid()):
+                found.add(_process_name(proc))
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in children.read_text().split():
+                found.add(_process_name(Path("/proc", pid)))
+    return frozenset(found)
+
+
+def _process_name(proc: Path) -> str:
+    command = (proc / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return f"{proc.name} {command}"
+
+
+def _fds() -> frozenset[str]:
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists the directory
+            found.add(f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}")
+    return frozenset(found)
+
+
+def _mounts() -> frozenset[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return frozenset(line.split()[4] for line in lines)
+
+
+def _clean_up(left: dict[str, list[str]]) -> None:
+    # So that one failure does not become many.
+    for name in left.get("processes", []):
+        with contextlib.suppress(OSError):
+            os.kill(int(name.split()[0]), signal.SIGKILL)
+    for mount in left.get("mounts", []):
+        subprocess.run(["umount", "--lazy", mount], capture_output=True)
+    for path in left.get("devices", []):
+        if match := re.fullmatch(r"/dev/ublkc(\d+)", path):
+            with contextlib.suppress(OSError), Control() as control:
+                control.del_dev(int(match[1]), timeout_s=10)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(
+    driver: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelLog]:
+    """Fail a test that leaves something behind or made the kernel complain; give it the log."""
+    mark = f"{os.getpid()}:{request.node.nodeid}"
+    monkeypatch.setenv(MARK, mark)
+    log = KernelLog()
+    before = Census.take(mark)
+    yield log
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while (left := Census.take(mark).added_to(before)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    splats = [line for line in log.read() if SPLAT.search(line)]
+    log.close()
+    _clean_up(left)
+    assert not left, f"left behind: {left}"
+    assert not splats, f"the kernel's log: {splats}"
+
+
+@pytest.fixture
+def kernel_log(leaves_nothing: KernelLog) -> KernelLog:
+    """The kernel's log since the test's start."""
+    return leaves_nothing
+
+
+# ---- devices ----
+
+
+@pytest.fixture
+def control(leaves_nothing: KernelLog) -> Iterator[Control]:
+    with Control() as control:
+        yield control
+
+
+@pytest.fixture
+def features(control: Control) -> int:
+    """The driver's UBLK_F_*."""
+    return control.get_features()
+
+
+@pytest.fixture
+def device(control: Control) -> Iterator[Callable[..., Device]]:
+    """Serve a device from this process: ``device(target, **options of Device.add)``.
+
+    What is left of it at the test's end is deleted.
+    """
+    served: list[Device] = []
+
+    def serve(target: Target, **options: Any) -> Device:
+        device = Device.add(control, target, **options)
+        served.append(device)
+        device.start()
+        return device
+
+    yield serve
+    for device in reversed(served):
+        if os.path.exists(device.char_path):
+            device.delete()
+
+
+@pytest.fixture
+def run(leaves_nothing: KernelLog) -> Callable[..., str]:
+    """Run a command, which must succeed unless ``check=False``, and return its stdout."""
+
+    def run(*words: object, timeout_s: float = COMMAND_TIMEOUT_S, check: bool = True) -> str:
+        command = [str(word) for word in words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        if check and done.returncode:
+            pytest.fail(f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def ublk(leaves_nothing: KernelLog) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line: ``ublk("add", "-t", "null")``; the caller looks at the exit code."""
+
+    def ublk(
+        *words: object, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ublk_loop", *(str(word) for word in words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+    return ublk
+
+
+# ---- files and file systems ----
+
+
+@pytest.fixture(scope="session")
+def pattern() -> Callable[..., bytes]:
+    """``pattern(nr_bytes, seed=0)``: bytes that differ from place to place and seed to seed."""
+
+    def pattern(nr_bytes: int, seed: int = 0) -> bytes:
+        return random.Random(seed).randbytes(nr_bytes)
+
+    return pattern
+
+
+@pytest.fixture
+def backing_file(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Make a backing file: ``backing_file(nr_bytes, data=b"", folder=tmp_path)``, else sparse."""
+    made: list[Path] = []
+
+    def make(nr_bytes: int, data: bytes = b"", folder: Path = tmp_path) -> Path:
+        path = folder / f"backing{len(made)}"
+        made.append(path)
+        with path.open("wb") as file:
+            file.write(data)
+            file.truncate(nr_bytes)
+        return path
+
+    yield make
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def attach_loop() -> Callable[..., contextlib.AbstractContextManager[Path]]:
+    """``with attach_loop(file, *losetup options) as path``: the kernel's loop device on a file."""
+
+    @contextlib.contextmanager
+    def attach(file: Path, *options: str) -> Iterator[Path]:
+        command = ["losetup", "--find", "--show", *options, str(file)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+        path = done.stdout.strip()
+        try:
+            yield Path(path)
+        finally:
+            subprocess.run(["losetup", "--detach", path], check=True, timeout=30)
+
+    return attach
+
+
+@pytest.fixture(scope="session")
+def mounted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., contextlib.AbstractContextManager[Path]]:
+    """``with mounted(device, *mount options) as folder``."""
+
+    @contextlib.contextmanager
+    def mounted(source: object, *options: str) -> Iterator[Path]:
+        folder = tmp_path_factory.mktemp("mnt")
+        command = ["mount", *options, str(source), str(folder)]
+        subprocess.run(command, check=True, timeout=COMMAND_TIMEOUT_S)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True, timeout=COMMAND_TIMEOUT_S)
+            folder.rmdir()
+
+    return mounted
+
+
+@pytest.fixture(scope="session")
+def ext4_folder(
+    driver: None, tmp_path_factory: pytest.TempPathFactory, attach_loop: Any, mounted: Any
+) -> Iterator[Path]:
+    """A folder on ext4, whose direct I/O bypasses the page cache (on tmpfs it does not)."""
+    image = tmp_path_factory.mktemp("ext4") / "image"
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", str(image)], check=True, timeout=60)
+    with attach_loop(image) as disk, mounted(disk) as folder:
+        yield folder
+    image.unlink()
+
+
+@pytest.fixture(scope="session")
+def fingerprint() -> Callable[[Path], dict[str, tuple[object, ...]]]:
+    """``fingerprint(folder)``: type, mode, owner, size, time, links and contents of all below."""
+
+    def one(path: Path) -> tuple[object, ...]:
+        info = path.lstat()
+        facts = (oct(info.st_mode), info.st_uid, info.st_gid, info.st_mtime_ns)
+        if stat.S_ISLNK(info.st_mode):
+            return (*facts, os.readlink(path))
+        if stat.S_ISREG(info.st_mode):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            return (*facts, info.st_nlink, info.st_size, digest)
+        return facts
+
+    def fingerprint(folder: Path) -> dict[str, tuple[object, ...]]:
+        return {str(path.relative_to(folder)): one(path) for path in folder.rglob("*")}
+
+    return fingerprint
+
+
+# ---- clients of a block device ----
+
+
+class BlockClient:
+    """An opened block device: byte ranges in and out. Each call raises the client's OSError."""
+
+    def __init__(self, path: str | Path, *, direct: bool = True, read_only: bool = False) -> None:
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        self.fd = os.open(path, flags | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+
+    def __enter__(self) -> BlockClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def read(self, offset: int, nr_bytes: int) -> bytes:
+        with mmap.mmap(-1, nr_bytes) as buffer:
+            nr_read = os.preadv(self.fd, [buffer], offset)
+            return buffer[:nr_read]
+
+    def write(self, offset: int, data: bytes, *, flags: int = 0) -> int:
+        with mmap.mmap(-1, len(data)) as buffer:
+            buffer[:] = data
+            return os.pwritev(self.fd, [buffer], offset, flags)
+
+    def flush(self) -> None:
+        os.fsync(self.fd)
+
+    def discard(self, offset: int, nr_bytes: int) -> None:
+        fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("=QQ", offset, nr_bytes))
+
+    def zero_out(self, offset: int, nr_bytes: int) -> None:
+        fcntl.ioctl(self.fd, BLKZEROOUT, struct.pack("=QQ", offset, nr_bytes))
+
+    def fallocate(self, mode: int, offset: int, nr_bytes: int) -> None:
+        range_ = (ctypes.c_long(offset), ctypes.c_long(nr_bytes))
+        if _libc.fallocate(self.fd, mode, *range_):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+
+@pytest.fixture(scope="session")
+def open_block() -> type[BlockClient]:
+    """``with open_block(path, direct=True, read_only=False) as client``."""
+    return BlockClient
+
+
+@pytest.fixture
+def fio(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``fio(path, jobs, **globals)`` runs fio's jobs on a device and returns its report.
+
+    Jobs run one after another; unless ``check=False`` each must end without an error.
+    """
+
+    def fio(
+        path: str,
+        jobs: dict[str, dict[str, object]],
+        *,
+        check: bool = True,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+        **options: object,
+    ) -> dict[str, Any]:
+        report = tmp_path / "fio.json"
+        defaults = {"filename": path, "ioengine": "libaio", "direct": 1, "verify_fatal": 1}
+        sections = {"global": {**defaults, **options}, **jobs}
+        lines = ["[global]", "thread", "stonewall", "group_reporting=0"]
+        for name, job in sections.items():
+            lines += [f"[{name}]"] * (name != "global")
+            lines += [f"{key}={value}" for key, value in job.items()]
+        job_file = tmp_path / "job.fio"
+        job_file.write_text("\n".join(lines) + "\n")
+        done = subprocess.run(
+            ["fio", "--output-format=json", f"--output={report}", str(job_file)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        text = report.read_text()
+        parsed: dict[str, Any] = json.loads(text[text.index("{") :])
+        parsed["returncode"] = done.returncode
+        errors = {job["jobname"]: job["error"] for job in parsed["jobs"] if job["error"]}
+        if check and (done.returncode or errors):
+            pytest.fail(f"fio: exit {done.returncode}, errors {errors}\n{text[:2000]}{done.stderr}")
+        return parsed
+
+    return fio
