@@ -166,6 +166,20 @@ def function_lines(declaration: c_ast.Decl) -> Iterator[str]:
         yield f"    ) -> {result}: ..."
 
 
+def field_lines(field: c_ast.Decl) -> Iterator[str]:
+    """Yield a struct's field; an array reads as an Array and is set from Python's own types."""
+    type_name = python_type(field.type)
+    if not isinstance(field.type, c_ast.ArrayDecl):
+        yield f"    {field.name}: {type_name}"
+        return
+    item = type_name.removeprefix("Array[").removesuffix("]")
+    yield "    @property"
+    yield f"    def {field.name}(self) -> {type_name}: ..."
+    yield f"    @{field.name}.setter"
+    source = "bytes" if item == "bytes" else f"Sequence[{item}]"
+    yield f"    def {field.name}(self, value: {source}) -> None: ..."
+
+
 def struct_lines(struct: c_ast.Struct) -> Iterator[str]:
     """Yield the class that stands for a struct and for a pointer to it."""
     yield "@final"
@@ -174,7 +188,7 @@ def struct_lines(struct: c_ast.Struct) -> Iterator[str]:
     else:
         yield f"class {struct.name}(CData):"
         for field in struct.decls:
-            yield f"    {field.name}: {python_type(field.type)}"
+            yield from field_lines(field)
     yield ""
 
 

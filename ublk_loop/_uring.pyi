@@ -111,7 +111,10 @@ class ul_pool_stats(CData):
 
 @final
 class ul_workqueue_config(CData):
-    name: Array[bytes]
+    @property
+    def name(self) -> Array[bytes]: ...
+    @name.setter
+    def name(self, value: bytes) -> None: ...
     flags: int
     max_active: int
 

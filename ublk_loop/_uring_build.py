@@ -2,56 +2,109 @@
 
 In: csrc/ul.h, which is both the C header and the cffi cdef, and the C sources that pyproject.toml
 lists. Out: the compiled extension. Runs at build time only, in setuptools' build_ext; liburing is
-found by pkg-config. It never runs at import time.
+found by pkg-config. It is never imported at run time. UBLK_LOOP_WERROR=1 makes warnings errors.
+
+It is the build backend too: setuptools' own, but for a look at the tools before anything else, so
+that pip's report of a missing one is a single line.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
-from setuptools import Extension
+from setuptools import Extension, build_meta
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 from setuptools.command.build_ext import build_ext
 
 LIBURING_MIN = "2.3"
 CSRC = Path("ublk_loop") / "csrc"
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+WARNINGS = ["-Wall", "-Wextra"]
+_Settings: TypeAlias = Mapping[str, str | list[str] | None] | None
+# ul.h has no preprocessor line, so its types come first.
+PREAMBLE = '#include <stdint.h>\n#include "ul.h"\n'
 
 
-def _pkg_config(*arguments: str) -> list[str]:
-    done = subprocess.run(["pkg-config", *arguments, "liburing"], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(
-            f"ublk_loop: liburing >= {LIBURING_MIN} was not found by pkg-config: "
-            "install liburing-dev (Debian) or liburing-devel (Fedora)"
-        )
-    return shlex.split(done.stdout)
+def _pkg_config(*arguments: str) -> str | None:
+    """Return what pkg-config says about liburing, or None if it says no."""
+    done = subprocess.run(
+        ["pkg-config", *arguments, "liburing"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _require_tools() -> None:
+def _flags(*arguments: str) -> list[str]:
+    return shlex.split(_pkg_config(*arguments) or "")
+
+
+def _missing() -> Iterator[tuple[str, str]]:
+    """Yield what the build lacks, each as (what it is, the Debian package that has it)."""
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        yield "a C compiler", "gcc"
+    if not any(
+        (Path(sysconfig.get_path(name)) / "Python.h").exists()
+        for name in ("include", "platinclude")
+    ):
+        yield "Python.h", "python3-dev"
     if shutil.which("pkg-config") is None:
-        raise SystemExit("ublk_loop: pkg-config is missing: install pkg-config")
-    compiler = shlex.split(os.environ.get("CC", "cc"))[0]
-    if shutil.which(compiler) is None and shutil.which("gcc") is None:
-        raise SystemExit(f"ublk_loop: no C compiler ({compiler}): install gcc and python3-dev")
+        yield "pkg-config", "pkg-config"
+        yield f"liburing {LIBURING_MIN}", "liburing-dev"
+    elif (found := _pkg_config("--modversion")) is None:
+        yield f"liburing {LIBURING_MIN}", "liburing-dev"
+    elif _pkg_config(f"--atleast-version={LIBURING_MIN}") is None:
+        yield f"liburing {LIBURING_MIN} (found {found})", "liburing-dev"
+
+
+def require_tools() -> None:
+    """End the build in one line that says what to install, if anything is missing."""
+    missing = list(_missing())
+    if missing:
+        needs = ", ".join(what for what, _ in missing)
+        packages = " ".join(package for _, package in missing)
+        raise SystemExit(f"ublk-loop needs {needs} to build: apt-get install {packages}")
+
+
+def get_requires_for_build_wheel(config_settings: _Settings = None) -> list[str]:
+    """First hook that pip calls for a wheel; the requirements are setuptools' answer."""
+    require_tools()
+    return build_meta.get_requires_for_build_wheel(config_settings)
+
+
+def get_requires_for_build_editable(config_settings: _Settings = None) -> list[str]:
+    """First hook that pip calls for an editable install."""
+    require_tools()
+    return build_meta.get_requires_for_build_editable(config_settings)
 
 
 class BuildExt(build_ext):
     """Emit the cffi glue into the build folder, then compile it with the C sources."""
 
     def build_extension(self, ext: Extension) -> None:
+        require_tools()
+        if importlib.util.find_spec("cffi") is None:
+            raise SystemExit("ublk-loop needs cffi to build: pip install cffi")
         from cffi import FFI
 
-        _require_tools()
-        _pkg_config(f"--atleast-version={LIBURING_MIN}")
         ffi = FFI()
         ffi.cdef((CSRC / "ul.h").read_text())
-        ffi.set_source(ext.name, '#include "ul.h"')
+        ffi.set_source(ext.name, PREAMBLE)
         glue = Path(self.build_temp) / "_uring.c"
         glue.parent.mkdir(parents=True, exist_ok=True)
         ffi.emit_c_code(str(glue))
@@ -67,12 +120,24 @@ class BuildExt(build_ext):
             "-O2",
             "-fvisibility=hidden",
             *WARNINGS,
-            *(["-Werror"] if os.environ.get("UBLK_LOOP_WERROR") else []),
-            *_pkg_config("--cflags"),
+            *(["-Werror"] if os.environ.get("UBLK_LOOP_WERROR") == "1" else []),
+            *_flags("--cflags"),
         ]
-        built.extra_link_args = [*ext.extra_link_args, "-pthread", *_pkg_config("--libs")]
+        built.extra_link_args = [*ext.extra_link_args, "-pthread", *_flags("--libs")]
         super().build_extension(built)
 
+
+__all__ = [
+    "BuildExt",
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
 
 if __name__ == "__main__":
     sys.exit("ublk_loop._uring_build is run by the build: pip install .")
