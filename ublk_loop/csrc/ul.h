@@ -121,10 +121,11 @@ int ul_workqueue_destroy(struct ul_workqueue *wq);
 /* An item that attends to Python, once each time that it was queued. */
 int ul_work_create(uint64_t cookie, struct ul_work **work);
 /* 1: accepted. 0: it was pending; with modify its time is set anew.
- * -ECANCELED: disabled. -ESHUTDOWN: draining. -EBUSY: on another workqueue. */
+ * -ECANCELED: disabled. -ESHUTDOWN: draining. */
 int ul_work_queue_delayed(struct ul_workqueue *wq, struct ul_work *work,
 			  uint64_t delay_ns, int32_t modify);
-/* 1: it was pending, and is not now. With disable it cannot be queued again
+/* From here on: not after its workqueue was destroyed.
+ * 1: it was pending, and is not now. With disable it cannot be queued again
  * until ul_work_enable(), which returns how many disables are left. */
 int ul_work_cancel(struct ul_work *work, int32_t disable);
 int ul_work_enable(struct ul_work *work);

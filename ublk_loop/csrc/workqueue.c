@@ -1337,14 +1337,11 @@ static uint32_t *work_insert_timer(struct ul_pool *pool, struct ul_work *work,
 int ul_work_queue_delayed(struct ul_workqueue *wq, struct ul_work *work,
 			  uint64_t delay_ns, int32_t modify)
 {
-	struct ul_workqueue *old = work_wq(work);
 	struct ul_pool *pool = wq->pool;
 	uint32_t *kicks[2] = { NULL, NULL };
 	bool grabbed = false;
 	int ret;
 
-	if (old && old != wq && ul_work_busy(work))
-		return -EBUSY;
 	pthread_mutex_lock(&pool->lock);
 	ret = work->state == WORK_IDLE || modify ? work_admit(wq, work) : 0;
 	if (ret || (work->state != WORK_IDLE && !modify))
