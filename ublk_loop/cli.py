@@ -69,7 +69,7 @@ Example:
 }
 
 
-_SWITCH = click.IntRange(0, 1)
+_SWITCH = click.Choice(["0", "1"])
 _DEV_ID = click.IntRange(0, state.MAX_DEV_ID)
 
 
@@ -108,7 +108,7 @@ class _Commands(click.Group):
         except UblkLoopError as error:
             fail(str(error))
         except ValueError as error:
-            raise click.UsageError(str(error)) from error
+            raise click.UsageError(str(error), ctx) from error
         except BrokenPipeError:
             # `ublk list | head`: nobody wants the rest, nor the interpreter's complaint at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -143,10 +143,19 @@ def cli() -> None:
 
 @cli.command(short_help="Add a device and serve it.")
 @click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES), required=True)
-@click.option("-n", "--number", "dev_id", type=_DEV_ID, help="Number; else a free one.")
+@click.option(
+    "-n",
+    "--number",
+    "dev_id",
+    metavar="DEV_ID",
+    type=click.IntRange(-1, state.MAX_DEV_ID),
+    default=-1,
+    help="Number; -1, the default: a free one.",
+)
 @click.option(
     "-q",
     "--queues",
+    metavar="NR",
     type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
     default=1,
     show_default=True,
@@ -155,25 +164,34 @@ def cli() -> None:
 @click.option(
     "-d",
     "--depth",
+    metavar="NR",
     type=click.IntRange(1, state.MAX_QUEUE_DEPTH),
     default=128,
     show_default=True,
     help="Requests in flight in each queue.",
 )
-@click.option("-u", "--uring_comp", type=_SWITCH, default=0, help="URING_CMD_COMP_IN_TASK.")
-@click.option("-g", "--need_get_data", type=_SWITCH, default=0, help="NEED_GET_DATA.")
+@click.option("-u", "--uring_comp", type=_SWITCH, default="0", help="URING_CMD_COMP_IN_TASK.")
+@click.option("-g", "--need_get_data", type=_SWITCH, default="0", help="NEED_GET_DATA.")
 @click.option(
     "-r",
     "--user_recovery",
     type=_SWITCH,
-    default=0,
+    default="0",
     help="Keep the device when its server dies: requests in flight fail, new ones wait.",
 )
 @click.option(
-    "-i", "--user_recovery_reissue", type=_SWITCH, default=0, help="As -r; all requests wait."
+    "-i",
+    "--user_recovery_reissue",
+    type=_SWITCH,
+    default="0",
+    help="As -r; all requests wait.",
 )
 @click.option(
-    "-e", "--user_recovery_fail_io", type=_SWITCH, default=0, help="As -r; new ones fail too."
+    "-e",
+    "--user_recovery_fail_io",
+    type=_SWITCH,
+    default="0",
+    help="As -r; new ones fail too.",
 )
 @click.option("--usercopy", is_flag=True, help="Copy the data by pread and pwrite.")
 @click.option("-z", "--zerocopy", is_flag=True, help="Do not copy the data.")
@@ -181,6 +199,7 @@ def cli() -> None:
 @click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
 @click.option(
     "--max_io_buf_bytes",
+    metavar="BYTES",
     type=click.IntRange(PAGE_BYTES, 32 << 20),
     default=512 * 1024,
     show_default=True,
@@ -224,7 +243,7 @@ def add(**given: Any) -> None:
             policy=given["policy"],
         ),
         spec=_target_spec(given),
-        dev_id=-1 if given["dev_id"] is None else given["dev_id"],
+        dev_id=given["dev_id"],
     )
     if given["foreground"]:
         _serve_here(request, given["as_json"])
@@ -251,14 +270,18 @@ def _flags(given: dict[str, Any]) -> int:
         "batch": uapi.UBLK_F_BATCH_IO,
         "unprivileged": uapi.UBLK_F_UNPRIVILEGED_DEV,
     }
-    if given["user_recovery_reissue"] and given["user_recovery_fail_io"]:
+    if _is_on(given["user_recovery_reissue"]) and _is_on(given["user_recovery_fail_io"]):
         raise click.UsageError("-i and -e exclude each other")
     flags = 0
     for name, bits in modes.items():
-        flags |= bits if given[name] else 0
+        flags |= bits if _is_on(given[name]) else 0
     if flags & recovery and given["kind"] == "ram":
         raise click.UsageError("a ram device cannot be recovered: its data dies with its server")
     return flags
+
+
+def _is_on(value: bool | str) -> bool:
+    return value in (True, "1")
 
 
 def _target_spec(given: dict[str, Any]) -> TargetSpec:
@@ -454,20 +477,20 @@ def features(as_json: bool) -> None:
         click.echo(listing.features_text(bits))
 
 
-def parse_cpus(text: str) -> frozenset[int]:
+def parse_cpus(_: click.Context, __: click.Parameter, text: str) -> frozenset[int]:
     """Return the CPUs of ``[0,2]``, as the reference server takes them, or of ``0-2,5``.
 
-    :raises ValueError: it is neither.
+    :raises click.BadParameter: it is neither.
     """
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     cpus: set[int] = set()
     for part in inner.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         if match is None:
-            raise ValueError(f"--cpuset {text}: not a list of CPUs such as [0,2] or 0-3")
+            raise click.BadParameter(f"{text!r} is not a list of CPUs such as [0,2] or 0-3")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise ValueError(f"--cpuset {text}: {first}-{last} runs backwards")
+            raise click.BadParameter(f"{first}-{last} runs backwards")
         cpus.update(range(first, last + 1))
     return frozenset(cpus)
 
@@ -475,15 +498,21 @@ def parse_cpus(text: str) -> frozenset[int]:
 @cli.command("set_affinity", short_help="Choose the CPUs of a queue's thread.")
 @number_option(required=True)
 @click.option("-q", "--queue", "q_id", type=click.IntRange(0), required=True, metavar="QID")
-@click.option("--cpuset", required=True, metavar="SET", help="CPUs, such as [0,2] or 0-3.")
-def set_affinity(dev_id: int, q_id: int, cpuset: str) -> None:
+@click.option(
+    "--cpuset",
+    "cpus",
+    required=True,
+    callback=parse_cpus,
+    metavar="SET",
+    help="CPUs, such as [0,2] or 0-3.",
+)
+def set_affinity(dev_id: int, q_id: int, cpus: frozenset[int]) -> None:
     """Choose the CPUs that a queue's thread runs on.
 
     \b
     Example:
       ublk set_affinity -n 0 -q 0 --cpuset "[0,1]"
     """
-    cpus = parse_cpus(cpuset)
     from . import manage
 
     manage.set_affinity(dev_id, q_id, cpus)

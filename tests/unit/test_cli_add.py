@@ -1,0 +1,225 @@
+"""ublk add, up to the request that a server is started with."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ublk_loop import cli, server, uapi
+from ublk_loop.errors import BackingFileError, DaemonError, DriverError
+from ublk_loop.server import Request
+
+DESCRIPTION = {"text": "dev id 0: ...", "document": {"dev_id": 0}}
+
+Ublk = Callable[..., Result]
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that reached the start of a server, which is as far as these tests go."""
+    seen: list[Request] = []
+
+    def launch(request: Request, describe: object) -> object:
+        seen.append(request)
+        return DESCRIPTION
+
+    monkeypatch.setattr(server, "launch", launch)
+    return seen
+
+
+def ublk(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, list(arguments), prog_name="ublk")
+
+
+def test_add_of_a_file_asks_for_the_reference_servers_defaults(requests: list[Request]) -> None:
+    result = ublk("add", "-t", "loop", "-f", "/srv/d.img")
+    assert (result.exit_code, result.stdout) == (0, "dev id 0: ...\n")
+    (request,) = requests
+    assert request.dev_id == -1
+    assert not request.recover
+    assert (request.options.nr_hw_queues, request.options.queue_depth) == (1, 128)
+    assert request.options.max_io_buf_bytes == 524288
+    assert request.options.flags == 0
+    assert request.options.policy == "2014"
+    assert request.spec.type == "loop"
+    assert request.spec.path == "/srv/d.img"
+    assert (request.spec.offset_bytes, request.spec.nr_bytes) == (0, None)
+    assert request.spec.direct is None
+    assert not request.spec.read_only
+
+
+def test_add_takes_the_reference_servers_options(requests: list[Request]) -> None:
+    line = (
+        "add -t loop -q 4 -d64 -n 7 -r 1 -i 1 --usercopy --max_io_buf_bytes 1048576 --buffered_io"
+    )
+    assert ublk(*line.split(), "-o", "2048", "-f", "/srv/d.img").exit_code == 0
+    (request,) = requests
+    assert request.dev_id == 7
+    assert (request.options.nr_hw_queues, request.options.queue_depth) == (4, 64)
+    assert request.options.max_io_buf_bytes == 1 << 20
+    assert request.spec.offset_bytes == 1 << 20
+    assert request.spec.direct is False
+    assert request.options.flags == (
+        uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE | uapi.UBLK_F_USER_COPY
+    )
+
+
+def test_add_takes_the_reference_servers_long_options_with_either_dash(
+    requests: list[Request],
+) -> None:
+    plain = "--type null --number 1 --queues=2 --depth 32 --user_recovery 1 --need_get_data 1"
+    for line in (plain, plain.replace("_", "-")):
+        assert ublk("add", *line.split()).exit_code == 0
+    assert requests[0] == requests[1]
+    assert requests[0].options.flags == uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_NEED_GET_DATA
+
+
+@pytest.mark.parametrize(
+    ("option", "flags"),
+    [
+        ("-u 1", uapi.UBLK_F_URING_CMD_COMP_IN_TASK),
+        ("-g 1", uapi.UBLK_F_NEED_GET_DATA),
+        ("-r 1", uapi.UBLK_F_USER_RECOVERY),
+        ("-i 1", uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE),
+        ("-e 1", uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_FAIL_IO),
+        ("-z", uapi.UBLK_F_SUPPORT_ZERO_COPY),
+        ("-b", uapi.UBLK_F_BATCH_IO),
+        ("--usercopy", uapi.UBLK_F_USER_COPY),
+        ("--unprivileged", uapi.UBLK_F_UNPRIVILEGED_DEV),
+        ("-u 0 -g 0 -r 0 -i 0 -e 0", 0),
+    ],
+)
+def test_add_asks_for_the_mode_that_an_option_names(
+    requests: list[Request], option: str, flags: int
+) -> None:
+    assert ublk("add", "-t", "null", *option.split()).exit_code == 0
+    assert requests[0].options.flags == flags
+
+
+def test_add_makes_the_files_path_absolute(
+    requests: list[Request], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ublk("add", "-t", "loop", "-f", "d.img", "-R")
+    assert requests[0].spec.path == str(tmp_path / "d.img")
+    assert requests[0].spec.read_only
+
+
+@pytest.mark.parametrize(
+    ("text", "nr_bytes"),
+    [
+        ("4096", 4096),
+        ("64M", 64 << 20),
+        ("64m", 64 << 20),
+        ("1GiB", 1 << 30),
+        ("512KB", 512000),
+        ("2T", 2 << 40),
+    ],
+)
+def test_add_takes_a_size_with_a_suffix(requests: list[Request], text: str, nr_bytes: int) -> None:
+    ublk("add", "-t", "ram", "--size", text)
+    assert requests[0].spec.nr_bytes == nr_bytes
+
+
+def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Request]) -> None:
+    ublk("add", "-t", "null")
+    assert requests[0].spec.nr_bytes == 250 << 30
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "add",
+        "add -t loop",
+        "add -t nbd -f /srv/d.img",
+        "add -t ram",
+        "add -t ram --size 64M -r 1",
+        "add -t null -f /srv/d.img",
+        "add -t null -o 8",
+        "add -t null --buffered_io",
+        "add -t ram --size 64M -R",
+        "add -t null --size 0",
+        "add -t null --size 100",
+        "add -t null --size 1X",
+        "add -t null --size -4096",
+        "add -t null --size 8E",
+        "add -t null -q 0",
+        "add -t null -q 4097",
+        "add -t null -d 0",
+        "add -t null -d 4097",
+        "add -t null -n -2",
+        "add -t null -n 1048576",
+        "add -t null -r 2",
+        "add -t null -r yes",
+        "add -t null -i 1 -e 1",
+        "add -t null --max_io_buf_bytes 4095",
+        "add -t null --max_io_buf_bytes 5000",
+        "add -t null --max_io_buf_bytes 33558528",
+        "add -t null --policy auto",
+        "add -t loop -f /srv/d.img -o -1",
+        "add -t loop -f /srv/d.img -o 18014398509481984",
+        "add -t null --shmem_zc",
+        "add -t null extra",
+    ],
+)
+def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(
+    requests: list[Request], line: str
+) -> None:
+    result = ublk(*line.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error: " in result.stderr
+    assert requests == []
+
+
+def test_add_prints_the_device_as_json_when_asked(requests: list[Request]) -> None:
+    result = ublk("add", "-t", "null", "--json")
+    assert json.loads(result.stdout) == {"dev_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            DriverError(errno.EBUSY, "START_DEV dev 3", "delete it"),
+            "ublk: START_DEV dev 3: Device or resource busy: delete it\n",
+        ),
+        (BackingFileError(errno.ENOENT, "/no"), "ublk: /no: No such file or directory\n"),
+        (DaemonError(errno.ESRCH, "add"), "ublk: add: No such process\n"),
+    ],
+)
+def test_add_prints_one_line_and_exits_with_1_when_the_server_fails(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def launch(*_: object) -> object:
+        raise error
+
+    monkeypatch.setattr(server, "launch", launch)
+    result = ublk("add", "-t", "null")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", line)
+
+
+def test_check_flags_names_a_mode_that_this_version_lacks() -> None:
+    with pytest.raises(DriverError) as caught:
+        server.check_flags(uapi.UBLK_F_SUPPORT_ZERO_COPY, 0, ~0)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert "ZERO_COPY" in str(caught.value)
+    assert "this version" in str(caught.value)
+
+
+def test_check_flags_names_a_mode_that_the_driver_lacks() -> None:
+    both = uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_FAIL_IO
+    with pytest.raises(DriverError) as caught:
+        server.check_flags(both, both, uapi.UBLK_F_USER_RECOVERY)
+    assert "RECOVERY_FAIL_IO" in str(caught.value)
+    assert "USER_RECOVERY," not in str(caught.value)
+    assert "this driver" in str(caught.value)
+
+
+def test_check_flags_leaves_it_to_add_dev_when_the_driver_cannot_be_asked() -> None:
+    server.check_flags(uapi.UBLK_F_USER_RECOVERY, uapi.UBLK_F_USER_RECOVERY, 0)

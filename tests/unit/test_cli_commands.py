@@ -1,0 +1,153 @@
+"""The ublk commands besides add: usage, refusals, help, and their errors without a driver."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ublk_loop import __version__, cli, control, manage, uapi
+
+COMMANDS = ["add", "del", "list", "recover", "features", "set_affinity", "help"]
+
+
+def ublk(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, list(arguments), prog_name="ublk")
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(control.Control.__init__, "__defaults__", (str(tmp_path / "absent"),))
+    monkeypatch.setattr(uapi, "CHAR_CLASS_PATH", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "del",
+        "del --async",
+        "del -n 0 -a",
+        "del -n -1",
+        "del -n zero",
+        "del 0",
+        "list -n x",
+        "recover",
+        "recover -n",
+        "set_affinity -n 0",
+        "set_affinity -n 0 -q 0",
+        "set_affinity -n 0 -q 0 --cpuset [a]",
+        "set_affinity -n 0 -q -1 --cpuset [0]",
+        "help -t nbd",
+        "delete -n 0",
+        "",
+    ],
+)
+@pytest.mark.usefixtures("no_driver")
+def test_a_command_exits_with_2_when_the_usage_is_wrong(line: str) -> None:
+    result = ublk(*line.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error: " in result.stderr or "Usage: ublk" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["del -n 0", "list", "list --json", "list -n 0 -v", "recover -n 0", "features"]
+)
+@pytest.mark.usefixtures("no_driver")
+def test_a_command_says_how_to_load_the_driver_when_there_is_none(line: str) -> None:
+    result = ublk(*line.split())
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("ublk: open ")
+    assert "modprobe ublk_drv" in result.stderr
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_del_of_all_succeeds_when_there_is_no_device() -> None:
+    assert ublk("del", "-a").exit_code == 0
+
+
+def test_set_affinity_fails_when_the_device_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path))
+    result = ublk("set_affinity", "-n", "5", "-q", "0", "--cpuset", "[0]")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("ublk: set_affinity dev 5: ")
+
+
+def test_version_is_printed_with_the_reference_servers_option() -> None:
+    for option in ("-v", "--version"):
+        assert ublk(option).stdout == f"ublk-loop {__version__}\n"
+
+
+def test_help_shows_every_command() -> None:
+    for line in ("help", "-h", "--help"):
+        result = ublk(line)
+        assert result.exit_code == 0
+        assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_has_an_example(name: str) -> None:
+    result = ublk(name, "--help")
+    assert result.exit_code == 0
+    assert f"  ublk {name}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("loop", "--buffered_io"), ("null", "--size"), ("ram", "--size")]
+)
+def test_help_of_a_type_shows_its_options(kind: str, option: str) -> None:
+    result = ublk("help", "-t", kind)
+    assert result.exit_code == 0
+    assert option in result.stdout
+    assert f"ublk add -t {kind}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [
+        ("[7]", {7}),
+        ("[0,2]", {0, 2}),
+        ("0-3", {0, 1, 2, 3}),
+        ("[0, 2-4 ]", {0, 2, 3, 4}),
+        ("1,1", {1}),
+    ],
+)
+def test_cpuset_is_read_as_the_reference_server_writes_it_and_as_ranges(
+    monkeypatch: pytest.MonkeyPatch, text: str, cpus: set[int]
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(manage, "set_affinity", lambda *arguments: seen.append(arguments))
+    assert ublk("set_affinity", "-n", "1", "-q", "2", "--cpuset", text).exit_code == 0
+    assert seen == [(1, 2, cpus)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[", "a", "3-1", "1,", "-1", "[0][1]", "1" * 9])
+def test_cpuset_is_refused_when_it_is_no_list(text: str) -> None:
+    assert ublk("set_affinity", "-n", "0", "-q", "0", "--cpuset", text).exit_code == 2
+
+
+def test_the_module_runs_as_a_program_and_imports_no_data_plane_for_its_help() -> None:
+    code = "import sys, ublk_loop.cli; print('ublk_loop._uring' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    module = [sys.executable, "-m", "ublk_loop", "--version"]
+    done = subprocess.run(module, capture_output=True, text=True, check=True)
+    assert done.stdout == f"ublk-loop {__version__}\n"
+
+
+def test_list_ends_quietly_when_nobody_reads_its_output() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    module = [sys.executable, "-m", "ublk_loop", "help"]
+    done = subprocess.run(module, stdout=write_fd, stderr=subprocess.PIPE, text=True)
+    os.close(write_fd)
+    assert done.returncode == 1
+    assert done.stderr == ""
