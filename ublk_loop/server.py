@@ -481,9 +481,11 @@ def _detach(report_fd: int, words_fd: int) -> int:
     sys.stdout = sys.stderr = io.TextIOWrapper(
         stream, errors="backslashreplace", line_buffering=True, write_through=True
     )
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    # Not basicConfig(force=True), which would close the caller's handlers: their files are gone.
+    logging.root.handlers[:] = [handler]
+    logging.root.setLevel(logging.INFO)
     return 3
 
 
