@@ -300,13 +300,22 @@ def test_recover_serves_the_device_again_and_waiting_requests_end_well(
 
 
 def test_recover_fails_and_the_device_still_waits_when_the_file_is_gone(
-    here: Here, control: Control, wait_until: WaitUntil, backing_file: Callable[..., Path]
+    here: Here,
+    control: Control,
+    features: int,
+    wait_until: WaitUntil,
+    backing_file: Callable[..., Path],
 ) -> None:
     path = backing_file(FILE_BYTES)
-    added = _document(_succeed(here("add -t loop -e 1 --json -f", path)))
+    # -e came with v6.13.
+    fail_io = features & uapi.UBLK_F_USER_RECOVERY_FAIL_IO
+    option, waiting = (
+        ("-e", uapi.UBLK_S_DEV_FAIL_IO) if fail_io else ("-r", uapi.UBLK_S_DEV_QUIESCED)
+    )
+    added = _document(_succeed(here(f"add -t loop {option} 1 --json -f", path)))
     dev_id = added["dev_id"]
     os.kill(added["server_pid"], signal.SIGKILL)
-    wait_until(lambda: control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_FAIL_IO)
+    wait_until(lambda: control.get_dev_info(dev_id).state == waiting)
     os.truncate(path, FILE_BYTES // 2)
     assert "do not fit" in _fail(here("recover -n", dev_id))
     os.truncate(path, FILE_BYTES)
