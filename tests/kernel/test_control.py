@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ from ublk_loop.params import (
     ZonedParams,
     params_for,
 )
-from ublk_loop.target import NullTarget
+from ublk_loop.target import NullTarget, Target
 
 BUF_BYTES = 512 << 10
 NOBODY = 65534
@@ -50,7 +51,7 @@ def add(control):
     dev_ids = []
 
     def add(**fields) -> DevInfo:
-        info = control.add_dev(DevInfo(max_io_buf_bytes=BUF_BYTES, **fields))
+        info = control.add_dev(DevInfo(**{"max_io_buf_bytes": BUF_BYTES, **fields}))
         dev_ids.append(info.dev_id)
         return info
 
@@ -228,13 +229,9 @@ def test_set_params_refuses_a_dma_mask_that_validate_refuses_if_it_knows_the_sec
 
 
 @pytest.mark.parametrize("logical_bs", [512, 1024, 2048, 4096])
-@pytest.mark.parametrize("discard", [False, True])
-@pytest.mark.parametrize("buf_bytes", [4096, 65536, 32 << 20])
-def test_params_for_makes_what_the_driver_takes(
-    control, add, logical_bs, discard, buf_bytes
-) -> None:
-    info = control.add_dev(DevInfo(max_io_buf_bytes=buf_bytes, queue_depth=1))
-    try:
+def test_params_for_makes_what_the_driver_takes(control, add, logical_bs) -> None:
+    for buf_bytes, discard in itertools.product((4096, 65536, 32 << 20), (False, True)):
+        info = add(max_io_buf_bytes=buf_bytes, queue_depth=1)
         params = params_for(
             dev_nr_bytes=logical_bs * 100,
             max_io_buf_bytes=info.max_io_buf_bytes,
@@ -244,8 +241,6 @@ def test_params_for_makes_what_the_driver_takes(
         )
         control.set_params(info.dev_id, params)
         assert control.get_params(info.dev_id).basic == params.basic
-    finally:
-        control.del_dev(info.dev_id)
 
 
 # ---- affinity ----
@@ -423,6 +418,53 @@ def test_try_stop_dev_spares_an_open_device_where_the_driver_offers_it(control, 
     # The driver does not count openers that may stop the device anyway, and here that is us.
     control.try_stop_dev(dev_id)
     assert control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_DEAD
+
+
+class GatedTarget(Target):
+    """Reads as zeroes, but only while the gate is open."""
+
+    size = 1 << 20
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.nr_waiting = 0
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self.nr_waiting += 1
+        self.gate.wait(60)
+        self.nr_waiting -= 1
+        buffer[:] = bytes(len(buffer))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        raise OSError(errno.EROFS, "write")
+
+
+def test_stop_dev_that_cannot_be_interrupted_is_left_behind_and_takes_effect_later(
+    control, device, open_block, wait_until
+) -> None:
+    target = GatedTarget()
+    dev = device(target)
+    dev_id = dev.info.dev_id
+    with open_block(dev.block_path, read_only=True) as client:
+        assert client.read(0, 4096) == bytes(4096)
+        wait_until(lambda: not target.nr_waiting)
+        target.gate.clear()
+        reader = threading.Thread(target=client.read, args=(512 << 10, 4096))
+        reader.start()
+        try:
+            wait_until(lambda: target.nr_waiting)
+            with Control() as leaving:
+                begin = time.monotonic()
+                assert refusal(leaving.stop_dev, dev_id, timeout_s=0.3) == errno.ETIMEDOUT
+                assert time.monotonic() - begin < 10
+                # Another ring does what need not wait for the first command.
+                assert leaving.get_dev_info(dev_id).dev_id == dev_id
+        finally:
+            target.gate.set()
+            reader.join()
+    wait_until(lambda: control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_DEAD, timeout_s=30)
+    assert dev.wait(30)
 
 
 # ---- recovery ----
