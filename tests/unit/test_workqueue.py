@@ -358,9 +358,12 @@ def test_flush_of_an_item_waits_for_the_run_that_is_pending(wq: Workqueue, gate:
     wq.queue_work(work)
     gate.wait_inside(1)
     wq.queue_work(work)
-    join = on_thread(lambda: (work.flush(), gate.nr_done))
-    gate.open()
-    assert join() == (True, 2)
+    join = on_thread(lambda: work.flush() and gate.nr_done)
+    gate.open(1)
+    gate.wait_done(1)
+    gate.wait_inside(1)
+    gate.open(1)
+    assert join() in (2, False), "False: both runs were over before it began"
 
 
 def test_flush_of_an_item_has_nothing_to_wait_for_when_it_is_idle(wq: Workqueue) -> None:
@@ -444,6 +447,20 @@ def test_mod_delayed_work_brings_a_far_time_near(wq: Workqueue) -> None:
     assert ran.wait(TIMEOUT_S)
 
 
+def test_a_delayed_item_does_not_run_after_its_workqueue_was_closed() -> None:
+    ran: list[str] = []
+    done = threading.Event()
+    pool = make_pool()
+    with Workqueue("stays", pool=pool) as stays:
+        with Workqueue("closed", pool=pool) as closed:
+            closed.queue_delayed_work(DelayedWork(lambda work: ran.append("closed")), 0.03)
+        later = DelayedWork(lambda work: done.set())
+        stays.queue_delayed_work(later, 0.031)
+        assert done.wait(TIMEOUT_S)
+    pool.close()
+    assert not ran
+
+
 def test_close_cancels_delayed_items_and_lets_them_go(wait_until: WaitUntil) -> None:
     ran: list[Work] = []
     work = DelayedWork(ran.append)
@@ -476,17 +493,27 @@ def test_flush_does_not_wait_for_what_is_queued_after_it(wq: Workqueue, gate: Ga
     late_gate.open()
 
 
-def test_more_flushes_than_colors_all_come_back(gate: Gate) -> None:
+def test_each_flush_comes_back_as_its_items_end_when_there_are_more_than_colors(
+    gate: Gate,
+) -> None:
+    nr_colors = 16
+    joins = []
     with alloc_ordered_workqueue("colors") as wq:
-        joins = []
-        for work in gate.works(40):
+        for i, work in enumerate(gate.works(2 * nr_colors)):
             wq.queue_work(work)
-            joins.append(on_thread(wq.flush))
-        for _ in range(40):
+            ticket = ffi.new("uint64_t *")
+            joins.append(
+                on_thread(lambda t=ticket: lib.ul_workqueue_flush_wait(wq.handle, t))  # type: ignore[misc]
+            )
+            # The first ones begin at once, the rest when a color is free.
+            while i < nr_colors - 1 and not ticket[0]:
+                time.sleep(0)
+        for join in joins[: nr_colors - 1]:
             gate.open(1)
-        for join in joins:
-            join()
-        assert gate.nr_done == 40
+            assert join() == 0
+        gate.open()
+        for join in joins[nr_colors - 1 :]:
+            assert join() == 0
 
 
 def test_drain_lets_in_only_what_its_own_items_queue(wq: Workqueue, gate: Gate) -> None:
@@ -801,19 +828,44 @@ class Threads:
         thread.start()
 
 
-def test_the_rescuer_runs_everything_when_no_thread_can_be_made(wait_until: WaitUntil) -> None:
+def test_the_rescuer_runs_everything_when_no_thread_can_be_made(
+    gate: Gate, wait_until: WaitUntil
+) -> None:
     names: list[str] = []
     threads = Threads()
     pool = make_pool(start_thread=threads.start)
     with Workqueue("reclaim", mem_reclaim=True, pool=pool) as wq:
-        for _ in range(100):
+        wq.queue_work(gate.works(1)[0])
+        for _ in range(99):
             wq.queue_work(Work(lambda work: names.append(threading.current_thread().name)))
+        wait_until(lambda: pool.stats().nr_create_failures >= 2)
+        gate.open()
         wq.flush()
-        assert names == ["ul-reclaim"] * 100
-        stats = wq.stats()
-        assert stats.nr_rescued == 100 and stats.nr_maydays >= 1
-        wait_until(lambda: pool.stats().nr_create_failures >= 1)
+        assert names == ["ul-reclaim"] * 99
+        assert wq.stats().nr_rescued == 100 and wq.stats().nr_maydays >= 1
         assert pool.stats().nr_workers == 0
+    pool.close()
+
+
+def test_the_rescuer_ends_its_turn_of_16_items_when_the_pool_has_recovered(
+    gate: Gate, wait_until: WaitUntil
+) -> None:
+    threads = Threads()
+    pool = make_pool(start_thread=threads.start)
+    with (
+        Workqueue("reclaim", 1, mem_reclaim=True, pool=pool) as reclaim,
+        Workqueue("plain", pool=pool) as plain,
+    ):
+        for work in gate.works(40):
+            reclaim.queue_work(work)
+        gate.wait_inside(1)
+        threads.fails = False
+        plain.queue_work(Work(lambda work: None))
+        plain.flush()
+        wait_until(lambda: pool.stats().nr_idle == 1)
+        gate.open()
+        reclaim.flush()
+        assert (reclaim.stats().nr_completed, reclaim.stats().nr_rescued) == (40, 16)
     pool.close()
 
 
@@ -919,24 +971,32 @@ def test_counters_say_what_ran_what_runs_and_what_waits(gate: Gate) -> None:
         assert stats.nr_maydays == stats.nr_rescued == 0
 
 
+def burn_cpu(work: Work) -> None:
+    end = time.thread_time() + 0.04
+    while time.thread_time() < end:
+        pass
+
+
 def test_cpu_time_and_hogs_are_charged_to_the_workqueue_that_burns_cpu() -> None:
-    def burn(work: Work) -> None:
-        end = time.thread_time() + 0.04
-        while time.thread_time() < end:
-            pass
-
-    def sleep(work: Work) -> None:
-        threading.Event().wait(0.04)
-
-    with Workqueue("burns") as burns, Workqueue("sleeps") as sleeps:
-        burns.queue_work(Work(burn))
-        sleeps.queue_work(Work(sleep))
-        burns.flush()
-        sleeps.flush()
-        assert burns.stats().nr_cpu_hogs == 1
+    pool = make_pool()
+    with (
+        Workqueue("cheap", pool=pool) as cheap,
+        Workqueue("burns", pool=pool) as burns,
+        Workqueue("sleeps", pool=pool) as sleeps,
+    ):
+        # One after the other, so that one worker runs them all.
+        for wq, function in (
+            (cheap, lambda work: None),
+            (burns, burn_cpu),
+            (sleeps, lambda work: threading.Event().wait(0.04)),
+        ):
+            wq.queue_work(Work(function))
+            wq.flush()
+        assert [wq.stats().nr_cpu_hogs for wq in (cheap, burns, sleeps)] == [0, 1, 0]
         assert burns.stats().cpu_time_ns >= 40_000_000
-        assert sleeps.stats().nr_cpu_hogs == 0
+        assert cheap.stats().cpu_time_ns < 40_000_000
         assert sleeps.stats().cpu_time_ns < 40_000_000
+    pool.close()
 
 
 # ---- native items that need Python ----

@@ -207,7 +207,8 @@ class WorkqueueMachine(RuleBasedStateMachine):
         self.model.max_active = max_active
         self.model.settle()
 
-    @precondition(lambda self: len(self.flushes) < 20)
+    # As many as can begin at once.
+    @precondition(lambda self: len(self.flushes) < 15)
     @rule()
     def flush(self) -> None:
         self.flushes.append(Flush(self.workqueue, self.model.tokens()))

@@ -187,10 +187,15 @@ static __thread struct ul_worker *this_worker;
 
 #define container_of(ptr, type, member) \
 	((type *)((char *)(ptr) - offsetof(type, member)))
-#define list_first(list, type, member) \
-	container_of((list)->next, type, member)
-#define list_last(list, type, member) \
-	container_of((list)->prev, type, member)
+#define list_first(list, type, member) container_of((list)->next, type, member)
+#define list_last(list, type, member) container_of((list)->prev, type, member)
+
+#define list_for_each(node, list) \
+	for (node = (list)->next; node != (list); node = node->next)
+/* The node may be deleted on the way. */
+#define list_for_each_safe(node, after, list) \
+	for (node = (list)->next, after = node->next; node != (list); \
+	     node = after, after = node->next)
 
 static void list_init(struct ul_list *list)
 {
@@ -264,7 +269,8 @@ static int futex_wait(uint32_t *futex, uint64_t deadline_ns)
 
 	if (!syscall(SYS_futex, futex, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG,
 		     0, deadline_ns == NEVER ? NULL : &ts, NULL,
-		     FUTEX_BITSET_MATCH_ANY) || errno == EAGAIN)
+		     FUTEX_BITSET_MATCH_ANY) ||
+	    errno == EAGAIN)
 		return 0;
 	return -errno;
 }
@@ -296,15 +302,17 @@ static void store(uint32_t *word, uint32_t value)
 
 /* ---- waiters ---- */
 
+static void waiter_wake(struct waiter *waiter)
+{
+	list_del(&waiter->node);
+	store(&waiter->done, 1);
+	futex_wake(&waiter->done);
+}
+
 static void waiters_wake(struct ul_list *waiters)
 {
-	while (!list_empty(waiters)) {
-		struct waiter *waiter = list_first(waiters, struct waiter, node);
-
-		list_del(&waiter->node);
-		store(&waiter->done, 1);
-		futex_wake(&waiter->done);
-	}
+	while (!list_empty(waiters))
+		waiter_wake(list_first(waiters, struct waiter, node));
 }
 
 /* Drops the lock while it waits. 0 or -EINTR. */
@@ -338,7 +346,8 @@ static bool pool_has_too_many(const struct ul_pool *pool)
 	uint32_t nr_busy = pool->nr_workers - pool->nr_idle;
 
 	return pool->nr_idle > MIN_IDLE_WORKERS &&
-	       (pool->nr_idle - MIN_IDLE_WORKERS) * IDLE_WORKERS_RATIO >= nr_busy;
+	       (pool->nr_idle - MIN_IDLE_WORKERS) * IDLE_WORKERS_RATIO >=
+		       nr_busy;
 }
 
 /* Have the rescuers of what is waiting look at their clocks. */
@@ -346,8 +355,7 @@ static void pool_alert_rescuers(struct ul_pool *pool)
 {
 	struct ul_list *node;
 
-	for (node = pool->rescued.next; node != &pool->rescued;
-	     node = node->next) {
+	list_for_each(node, &pool->rescued) {
 		struct ul_workqueue *wq =
 			container_of(node, struct ul_workqueue, rescued_node);
 
@@ -401,7 +409,8 @@ static void work_insert(struct ul_workqueue *wq, struct ul_work *work)
 	work->color = wq->epoch % NR_COLORS;
 	wq->nr_epoch[work->color]++;
 	wq->nr_inflight++;
-	if (wq->nr_active < wq->max_active && !wq->nr_inactive) {
+	/* Then nothing is inactive, see wq_activate_inactive(). */
+	if (wq->nr_active < wq->max_active) {
 		work_activate(wq, work);
 		return;
 	}
@@ -430,16 +439,11 @@ static void wq_advance(struct ul_workqueue *wq)
 	while (wq->done_epoch < wq->epoch &&
 	       !wq->nr_epoch[wq->done_epoch % NR_COLORS])
 		wq->done_epoch++;
-	for (node = wq->flushers.next; node != &wq->flushers; node = next) {
-		struct waiter *waiter =
-			container_of(node, struct waiter, node);
+	list_for_each_safe(node, next, &wq->flushers) {
+		struct waiter *waiter = container_of(node, struct waiter, node);
 
-		next = node->next;
-		if (waiter->epoch > wq->done_epoch)
-			continue;
-		list_del(&waiter->node);
-		store(&waiter->done, 1);
-		futex_wake(&waiter->done);
+		if (waiter->epoch <= wq->done_epoch)
+			waiter_wake(waiter);
 	}
 }
 
@@ -507,7 +511,7 @@ static struct ul_worker *work_find_worker(struct ul_pool *pool,
 {
 	struct ul_list *bucket = pool_bucket(pool, work), *node;
 
-	for (node = bucket->next; node != bucket; node = node->next) {
+	list_for_each(node, bucket) {
 		struct ul_worker *worker =
 			container_of(node, struct ul_worker, busy_node);
 
@@ -758,8 +762,7 @@ static struct ul_work *rescuer_take(struct ul_worker *rescuer)
 	struct ul_pool *pool = rescuer->pool;
 	struct ul_list *node;
 
-	for (node = pool->waiting.next; node != &pool->waiting;
-	     node = node->next) {
+	list_for_each(node, &pool->waiting) {
 		struct ul_work *work = container_of(node, struct ul_work, node);
 
 		if (work->wq == rescuer->rescues)
@@ -826,8 +829,8 @@ static struct ul_work *rescuer_next(struct ul_worker *rescuer)
 			if (due_ns < rescuer->mayday_ns)
 				due_ns = rescuer->mayday_ns;
 			if (now >= due_ns) {
-				rescuer->mayday_ns = now +
-					pool->config.mayday_interval_ns;
+				rescuer->mayday_ns =
+					now + pool->config.mayday_interval_ns;
 				rescuer->nr_turn = RESCUER_BATCH;
 				rescuer->rescues->stats.nr_maydays++;
 				continue;
@@ -857,8 +860,8 @@ int ul_worker_run(struct ul_worker *worker, struct ul_work **attend,
 		pthread_mutex_lock(&pool->lock);
 		worker_end(worker);
 next:
-		work = worker->rescues ? rescuer_next(worker) :
-					 worker_next(worker);
+		work = worker->rescues ? rescuer_next(worker)
+				       : worker_next(worker);
 		if (!work)
 			break;
 		worker_begin(worker, work);
@@ -925,7 +928,8 @@ static uint64_t pool_cull(struct ul_pool *pool, uint64_t now)
 
 	while (pool_has_too_many(pool)) {
 		worker = list_last(&pool->idle, struct ul_worker, idle_node);
-		due_ns = later_ns(worker->idle_ns, pool->config.idle_timeout_ns);
+		due_ns =
+			later_ns(worker->idle_ns, pool->config.idle_timeout_ns);
 		if (due_ns > now) {
 			pool->cull_armed = true;
 			return due_ns;
@@ -1070,7 +1074,7 @@ void ul_pool_stop(struct ul_pool *pool)
 void ul_pool_get_stats(struct ul_pool *pool, struct ul_pool_stats *stats)
 {
 	pthread_mutex_lock(&pool->lock);
-	*stats = (struct ul_pool_stats) {
+	*stats = (struct ul_pool_stats){
 		.nr_created = pool->nr_created,
 		.nr_culled = pool->nr_culled,
 		.nr_create_failures = pool->nr_failures,
@@ -1124,8 +1128,7 @@ static void wq_forget(struct ul_workqueue *wq)
 {
 	struct ul_list *node;
 
-	for (node = wq->pool->workers.next; node != &wq->pool->workers;
-	     node = node->next) {
+	list_for_each(node, &wq->pool->workers) {
 		struct ul_worker *worker =
 			container_of(node, struct ul_worker, all_node);
 
@@ -1172,8 +1175,7 @@ void ul_workqueue_get_stats(struct ul_workqueue *wq,
 	struct ul_list *node;
 
 	pthread_mutex_lock(&pool->lock);
-	for (node = pool->workers.next; node != &pool->workers;
-	     node = node->next) {
+	list_for_each(node, &pool->workers) {
 		struct ul_worker *worker =
 			container_of(node, struct ul_worker, all_node);
 
@@ -1225,11 +1227,9 @@ static void wq_close(struct ul_workqueue *wq)
 	struct ul_list *node, *next;
 
 	wq->closed = true;
-	for (node = wq->pool->timers.next; node != &wq->pool->timers;
-	     node = next) {
+	list_for_each_safe(node, next, &wq->pool->timers) {
 		struct ul_work *work = container_of(node, struct ul_work, node);
 
-		next = node->next;
 		if (work->wq == wq)
 			work_grab(work);
 	}
