@@ -39,12 +39,16 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_UNPRIVILEGED_DEV
     | uapi.UBLK_F_CMD_IOCTL_ENCODE
     | uapi.UBLK_F_USER_COPY
+    | uapi.UBLK_F_BATCH_IO
 )
+# How long an hctx spins at most, where it may: the length of a few small requests.
+POLL_US = 100
 # A device's cap on concurrent reads, as the kernel's loop gave itself in 2015 when a slow disk
 # drowned in readers: Linux kernel commit 4d4e41aef942 ("block: loop: avoiding too many pending per
 # work I/O").
 MAX_ACTIVE = 16
 ANY_DEV_ID = -1
+MODES = ("auto", "copy", "user_copy")
 
 
 class Device:
@@ -53,12 +57,20 @@ class Device:
     From then on the device owns ``target`` and closes it.
     """
 
-    def __init__(self, control: Control, target: Target, info: DevInfo, policy: str) -> None:
+    def __init__(
+        self,
+        control: Control,
+        target: Target,
+        info: DevInfo,
+        policy: str,
+        poll_us: int | None,
+    ) -> None:
         self.info = info
         self.target = target
         self.hctxs: list[HardwareContext] = []
         self._control = control
         self._policy = policy
+        self._poll_us = poll_us
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
         self._recovering = False
@@ -78,7 +90,9 @@ class Device:
         queue_depth: int = 128,
         max_io_buf_bytes: int = 512 * 1024,
         flags: int = 0,
-        policy: str = "2014",
+        mode: str = "auto",
+        policy: str = "auto",
+        poll_us: int | None = None,
         timeout_s: float = 30,
     ) -> Device:
         """Add a device and prepare to serve it; :meth:`start` makes it live.
@@ -88,10 +102,15 @@ class Device:
         :param queue_depth: 1..4096 tags a queue.
         :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
         :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
+        :param mode: how data travels: ``copy`` (the driver copies to and from a buffer of the tag),
+            ``user_copy`` (pread and pwrite on ublkcN), ``auto`` (see :func:`data_flags`).
+        :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US where
+            the hctx has more than one CPU to run on.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
         """
+        flags |= data_flags(mode, flags, control.get_features())
         if flags & ~SUPPORTED_FLAGS:
             raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
         params = _params(target, max_io_buf_bytes)
@@ -105,7 +124,7 @@ class Device:
                 ublksrv_pid=os.getpid(),
             )
         )
-        device = cls(control, target, info, policy)
+        device = cls(control, target, info, policy, poll_us)
         try:
             missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
             if missing:
@@ -128,7 +147,8 @@ class Device:
         target: Target,
         dev_id: int,
         *,
-        policy: str = "2014",
+        policy: str = "auto",
+        poll_us: int | None = None,
         timeout_s: float = 30,
     ) -> Device:
         """Take over a device whose server is gone; :meth:`start` makes it live again.
@@ -137,7 +157,7 @@ class Device:
             not waiting for one), ENODEV. The device is left as it was found.
         """
         control.start_user_recovery(dev_id, timeout_s=timeout_s)
-        device = cls(control, target, control.get_dev_info(dev_id), policy)
+        device = cls(control, target, control.get_dev_info(dev_id), policy, poll_us)
         device._recovering = True
         try:
             device._prepare(timeout_s)
@@ -239,6 +259,7 @@ class Device:
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
         for q_id in range(self.info.nr_hw_queues):
+            affinity = self._affinity(q_id)
             hctx = HardwareContext(
                 cdev_fd,
                 q_id,
@@ -247,7 +268,8 @@ class Device:
                 dev_flags=self.info.flags,
                 target=native.handle,
                 workqueue=workqueue.handle,
-                affinity=self._affinity(q_id),
+                poll_us=self._choose_poll_us(affinity),
+                affinity=affinity,
                 on_end=self._one_ended,
             )
             self._resources.callback(hctx.close)
@@ -265,6 +287,12 @@ class Device:
         allowed = os.sched_getaffinity(0)
         return self._control.get_queue_affinity(self.dev_id, q_id) & allowed
 
+    def _choose_poll_us(self, affinity: frozenset[int]) -> int:
+        # On a single CPU a spin only keeps the client from running.
+        if len(affinity) < 2:
+            return 0
+        return POLL_US if self._poll_us is None else self._poll_us
+
     def _one_ended(self) -> None:
         with self._lock:
             self._nr_ended += 1
@@ -280,6 +308,26 @@ class Device:
         # backing that sorts for itself. Unprivileged: stays as it is.
         with contextlib.suppress(OSError):
             Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
+
+
+def data_flags(mode: str, flags: int, features: int) -> int:
+    """Return the UBLK_F_* that carry a device's data in ``mode``.
+
+    ``auto`` is copy: the driver's copy comes with the command that fetches or commits, where user
+    copy costs a system call a request. BATCH_IO goes with either where the driver has it;
+    NEED_GET_DATA excludes both.
+
+    :param flags: what was asked for besides.
+    :param features: UBLK_F_* that the driver offers.
+    :raises ValueError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    if flags & uapi.UBLK_F_NEED_GET_DATA:
+        return 0
+    if mode == "user_copy":
+        return uapi.UBLK_F_USER_COPY | (uapi.UBLK_F_BATCH_IO & features)
+    return uapi.UBLK_F_BATCH_IO & features
 
 
 def _params(target: Target, max_io_buf_bytes: int) -> Params:
