@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,7 @@ class Job:
             f"--iodepth={self.iodepth}",
             f"--numjobs={self.numjobs}",
             f"--iodepth_batch_submit={self.batch}",
-            f"--iodepth_batch_complete_min=1",
+            "--iodepth_batch_complete_min=1",
             f"--iodepth_batch_complete_max={self.batch}",
             f"--runtime={seconds}",
             "--ioengine=libaio",
@@ -110,8 +111,10 @@ class Backing:
     def _disk(self, room: int) -> Iterator[str]:
         if self.name == "ext4":
             _run("modprobe", "brd", "rd_nr=1", f"rd_size={room >> 10}")
-            yield "/dev/ram0"
-            _run("modprobe", "-r", "brd")
+            try:
+                yield "/dev/ram0"
+            finally:
+                _run("modprobe", "-r", "brd")
             return
         kind, _, usec = self.name.partition(":")
         if kind != "null_blk":
@@ -133,6 +136,7 @@ class Backing:
             yield "/dev/nullb0" if Path("/dev/nullb0").exists() else "/dev/compare"
         finally:
             node.rmdir()
+            _run("modprobe", "-r", "null_blk")
 
     @property
     def is_cold(self) -> bool:
@@ -155,9 +159,9 @@ class Subject:
             yield str(backing_file)
             return
         words = {"file": str(backing_file)}
-        node = _run(*shlex.split(self.add.format(**words))).split()[-1]
-        _set_scheduler(node)
+        node = _node(_run(*shlex.split(self.add.format(**words))))
         try:
+            _set_scheduler(node)
             yield node
         finally:
             _run(*shlex.split(self.delete.format(node=node, id=node.removeprefix("/dev/ublkb"))))
@@ -167,19 +171,22 @@ def parse_subject(text: str) -> Subject:
     """Return the subject that a command-line word names.
 
     ``raw``, ``loop``, ``loop-direct``, ``ublk`` with options for ``ublk add`` after a colon
-    (``ublk:--policy base``), or a peer: ``NAME=ADD COMMAND;DELETE COMMAND`` with ``{file}``, ``{id}``
-    and ``{node}``; the add command's last word of output is the node.
+    (``ublk:--policy base``), or a peer: ``NAME=ADD COMMAND;DELETE COMMAND`` with ``{file}``,
+    ``{id}`` and ``{node}``; the add command's last word of output is the node, unless it prints
+    JSON as ``ublk add --json`` does.
     """
     if text == "raw":
         return Subject("raw")
     if text in ("loop", "loop-direct"):
         direct = "on" if text == "loop-direct" else "off"
-        return Subject(text, f"losetup -f --show --direct-io={direct} {{file}}", "losetup -d {node}")
+        return Subject(
+            text, f"losetup -f --show --direct-io={direct} {{file}}", "losetup -d {node}"
+        )
     if text == "ublk" or text.startswith("ublk:"):
         options = text.partition(":")[2]
         kind = "" if "-t " in options else "-t loop -f {file}"
         ublk = shlex.join(UBLK)
-        return Subject(text, f"{ublk} add {kind} {options} --print-node", f"{ublk} del -n {{id}}")
+        return Subject(text, f"{ublk} add {kind} {options} --json", f"{ublk} del -n {{id}}")
     name, equals, commands = text.partition("=")
     add, semicolon, delete = commands.partition(";")
     if not (equals and semicolon):
@@ -202,9 +209,7 @@ TMPFS = Backing("tmpfs")
 EXT4 = Backing("ext4")
 
 PROFILES = {
-    "quick": Profile(
-        ("loop", "ublk"), tuple((TMPFS, Job(rw)) for rw in PATTERNS), 3, 3, 3
-    ),
+    "quick": Profile(("loop", "ublk"), tuple((TMPFS, Job(rw)) for rw in PATTERNS), 3, 3, 3),
     "loop-mq": Profile(
         ("ublk:--policy base", "ublk:--policy 2014"),
         tuple((Backing("null_blk:500"), Job(rw)) for rw in PATTERNS),
@@ -278,6 +283,12 @@ def _run(*command: str, timeout_s: float = 60) -> str:
     return done.stdout
 
 
+def _node(output: str) -> str:
+    if output.startswith("{"):
+        return str(json.loads(output)["block_device"])
+    return output.split()[-1]
+
+
 def _set_scheduler(node: str) -> None:
     # loop gets none by itself, a one-queue ublk device mq-deadline: compare like with like.
     Path(f"/sys/block/{Path(node).name}/queue/scheduler").write_text("none")
@@ -325,6 +336,7 @@ class Comparison:
 
     def run(self) -> None:
         """Measure every cell; those of one backing together."""
+        _run("modprobe", "-q", "loop")  # without udev nothing loads it on demand
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         nr_runs = len(self.cells) * len(self.subjects) * self.profile.nr_rounds_min
         with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
@@ -365,12 +377,13 @@ class Comparison:
                 if cell.backing.is_cold:
                     _run("sync")
                     Path("/proc/sys/vm/drop_caches").write_text("3")
-                sample = measure(
-                    cell.job, paths[name], cell.backing.nr_bytes, self.profile.seconds
-                )
+                sample = measure(cell.job, paths[name], cell.backing.nr_bytes, self.profile.seconds)
                 cell.samples.setdefault(name, []).append(sample)
                 progress.advance(task)
             nr_rounds += 1
+            if not self._console.is_terminal:
+                # A progress bar shows nothing there.
+                self._console.print(f"{cells[0].backing.name}: round {nr_rounds} is done")
 
     def report(self) -> dict[str, Any]:
         """Everything measured, JSON-serialisable."""
@@ -454,7 +467,9 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(max(8, len(cells) * 1.1), 5), layout="constrained")
         width = 0.8 / len(names)
         for number, name in enumerate(names):
-            values = [[getattr(s, what) for s in cell.samples.get(name, [])] or [0] for cell in cells]
+            values = [
+                [getattr(s, what) for s in cell.samples.get(name, [])] or [0] for cell in cells
+            ]
             middles = [statistics.median(v) for v in values]
             spread = [
                 [m - min(v) for m, v in zip(middles, values, strict=True)],
@@ -481,7 +496,15 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
 
 def _run_in_guest(arguments: list[str], out: Path, vm_options: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(TOOLS / "vm.py"), "--vm", *vm_options, "--shared", str(out), "--"]
+    command = [
+        sys.executable,
+        str(TOOLS / "vm.py"),
+        "--vm",
+        *vm_options,
+        "--shared",
+        str(out),
+        "--",
+    ]
     return subprocess.call([*command, sys.executable, str(Path(__file__).resolve()), *arguments])
 
 
@@ -495,18 +518,19 @@ Examples:
 """
 )
 @click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True)
-@click.option("--subject", "subjects", multiple=True, help="Instead of the profile's; first: baseline.")
-@click.option("--job", "jobs", multiple=True, help="RW:BS:DEPTH[:JOBS[:BATCH]], not the profile's.")
-@click.option("--backing", "backings", multiple=True, help="tmpfs, ext4 or null_blk:USEC, for --job.")
+@click.option("--subject", "subjects", multiple=True, help="First: the baseline.")
+@click.option("--job", "jobs", multiple=True, help="RW:BS:DEPTH[:JOBS[:BATCH]].")
+@click.option("--backing", "backings", multiple=True, help="tmpfs, ext4 or null_blk:USEC.")
 @click.option("--seconds", type=float, help="Length of one fio run.")
 @click.option("--rounds", type=int, help="Exactly so many rounds.")
 @click.option("--budget", type=float, default=3600, show_default=True, help="Seconds in all.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json and pictures.")
-@click.option("--draw", "saved", type=click.Path(exists=True, path_type=Path), help="Draw a report.")
-@click.option("--kernel", default="7.3", show_default=True, help="Of the guest, where one is needed.")
-@click.option("--cpus", default=2, show_default=True, help="Of the guest.")
-@click.option("--icount", is_flag=True, help="Guest that counts instructions: 1e9 / IOPS of each I/O.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results.")
+@click.option("--draw", "saved", type=click.Path(exists=True, path_type=Path), help="Draw it.")
+@click.option("--kernel", default="7.3", show_default=True, help="Of a guest.")
+@click.option("--cpus", default=2, show_default=True, help="Of a guest.")
+@click.option("--icount", is_flag=True, help="Count instructions: 1e9 / IOPS.")
 @click.option("--vm", is_flag=True, help="Use a guest in any case.")
+@click.option("--here", is_flag=True, help="Never use a guest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, not a table.")
 def main(
     profile: str,
@@ -522,6 +546,7 @@ def main(
     cpus: int,
     icount: bool,
     vm: bool,
+    here: bool,
     as_json: bool,
 ) -> None:
     """Compare block devices over one backing file by fio."""
@@ -533,7 +558,7 @@ def main(
             console.print(str(path))
         return
     chosen = _choose(profile, subjects, jobs, backings, seconds, rounds)
-    if vm or icount or not Path("/dev/ublk-control").exists():
+    if not here and (vm or icount or not _host_has_ublk()):
         raise SystemExit(_guest(chosen, out, kernel, cpus, icount, as_json, console))
     comparison = Comparison(chosen, budget, console)
     comparison.run()
@@ -542,6 +567,13 @@ def main(
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(json.dumps(report, indent=1))
+
+
+def _host_has_ublk() -> bool:
+    if os.geteuid() != 0:
+        return False
+    subprocess.run(["modprobe", "-q", "ublk_drv"], check=False)
+    return Path("/dev/ublk-control").exists()
 
 
 def _guest(
@@ -553,11 +585,13 @@ def _guest(
     as_json: bool,
     console: Console,
 ) -> int:
-    arguments = [word for word in sys.argv[1:] if word not in ("--vm", "--icount")]
+    arguments = ["--here", *(word for word in sys.argv[1:] if word not in ("--vm", "--icount"))]
     vm_options = ["--kernel", kernel, "--cpus", str(cpus), *(["--icount"] if icount else [])]
     if out is None:
         command = [sys.executable, str(TOOLS / "vm.py"), "--vm", *vm_options, "--"]
-        return subprocess.call([*command, sys.executable, str(Path(__file__).resolve()), *arguments])
+        return subprocess.call(
+            [*command, sys.executable, str(Path(__file__).resolve()), *arguments]
+        )
     code = _run_in_guest(arguments, out.resolve(), vm_options)
     if code == 0:
         for path in draw(json.loads((out / "report.json").read_text()), out):
@@ -602,8 +636,11 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(make_table(report))
+        known = sys.stdout.isatty() or "COLUMNS" in os.environ
+        Console(width=None if known else 160).print(make_table(report))
 
 
 if __name__ == "__main__":
+    # As for Ctrl-C: what was mounted and added goes again.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -47,13 +47,23 @@ def delete(dev_id: int, *, no_wait: bool = False) -> list[str]:
         _stop(dev_id, server)
         if not server.leave():
             notes.append(f"server {server.pid} of dev {dev_id} does not end, and is none of ours")
+    state.remove(dev_id)
+    _remove(dev_id, no_wait=no_wait)
+    return notes
+
+
+def _remove(dev_id: int, *, no_wait: bool) -> None:
     with Control() as control:
         if no_wait:
             control.del_dev_async(dev_id)
-        else:
+            return
+        try:
             control.del_dev(dev_id, timeout_s=DEL_TIMEOUT_S)
-    state.remove(dev_id)
-    return notes
+        except DriverError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            hint = "it is stopped, but still mounted or open; it goes when that ends"
+            raise DriverError(errno.ETIMEDOUT, error.what, hint) from error
 
 
 def _stop(dev_id: int, server: _Server) -> None:
@@ -61,9 +71,12 @@ def _stop(dev_id: int, server: _Server) -> None:
         with Control() as control:
             control.stop_dev(dev_id, timeout_s=STOP_TIMEOUT_S)
     except DriverError as error:
-        # A server that hangs never ends its requests, and STOP_DEV waits for them.
-        if error.errno != errno.ETIMEDOUT or not server.kill():
+        if error.errno != errno.ETIMEDOUT or not server.is_alive():
             raise
+        # A server that hangs never ends its requests, and STOP_DEV waits for them.
+        if not server.kill():
+            hint = f"its server (pid {server.pid}) does not end its requests: end that process"
+            raise DriverError(errno.ETIMEDOUT, error.what, hint) from error
         with Control() as control:
             control.stop_dev(dev_id, timeout_s=STOP_TIMEOUT_S)
 

@@ -494,7 +494,9 @@ def _switch_log(dev_id: int) -> None:
     import faulthandler
 
     log_fd = _open_journal(f"ublk-{dev_id}")
-    if log_fd is None:
+    if log_fd is not None:
+        logging.root.handlers[0].setFormatter(_JournalFormatter())
+    else:
         path = state.log_path(dev_id)
         log_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     early = os.pread(2, 1 << 16, 0)
@@ -507,14 +509,24 @@ def _switch_log(dev_id: int) -> None:
     faulthandler.enable(2)
 
 
+class _JournalFormatter(logging.Formatter):
+    """Begins a line with its syslog priority, as the journal takes it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = 3 if record.levelno >= logging.ERROR else 4
+        if record.levelno < logging.WARNING:
+            priority = 6
+        return f"<{priority}>{super().format(record)}"
+
+
 def _open_journal(identifier: str) -> int | None:
-    # The header of a journal stream: identifier, unit, priority (6: info), level prefixes, and no
-    # forwarding, three times. Source: sd_journal_stream_fd(3). Non-blocking: a full journal must
-    # not stop a server to whose device the journal may be written.
+    # The header of a journal stream: identifier, unit, priority (6: info), 1: lines may begin with
+    # <priority>, and no forwarding, three times. Source: sd_journal_stream_fd(3). Non-blocking: a
+    # full journal must not stop a server to whose device the journal may be written.
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
             stream.connect(_JOURNAL_PATH)
-            stream.sendall(f"{identifier}\n\n6\n0\n0\n0\n0\n".encode())
+            stream.sendall(f"{identifier}\n\n6\n1\n0\n0\n0\n".encode())
             stream.setblocking(False)
             return stream.detach()
     except OSError:

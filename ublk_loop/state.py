@@ -166,7 +166,7 @@ def read(dev_id: int) -> DeviceState | None:
 def remove(dev_id: int) -> None:
     """Remove a device's state and log; neither need exist."""
     for path in (state_path(dev_id), log_path(dev_id)):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
 
 

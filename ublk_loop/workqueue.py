@@ -590,7 +590,8 @@ def alloc_ordered_workqueue(name: str, flags: int = 0) -> Workqueue:
 def _check_flags(flags: int) -> None:
     if not flags & WQ.UNBOUND:
         raise ValueError("only unbound workqueues: WQ.UNBOUND is missing")
-    if flags & ~(WQ.UNBOUND | WQ.HIGHPRI | WQ.MEM_RECLAIM):
+    # int: ~ of an IntFlag leaves out the bits that it does not know.
+    if flags & ~int(WQ.UNBOUND | WQ.HIGHPRI | WQ.MEM_RECLAIM):
         raise ValueError(f"workqueue flags {flags:#x}: only UNBOUND, HIGHPRI and MEM_RECLAIM")
 
 

@@ -214,11 +214,12 @@ def test_server_logs_to_the_journal_when_there_is_one(
         def serve(request: object, describe: object, on_added: Any, on_live: Any) -> None:
             on_live(7, os.getpid())
             logging.getLogger("ublk_loop").info("hello")
+            logging.getLogger("ublk_loop").error("oh")
 
         os.waitpid(launch(serve), 0)
         stream, _ = journal.accept()
         with stream, stream.makefile() as lines:
-            assert lines.read().splitlines() == ["ublk-7", "", *"60000", "INFO hello"]
+            assert lines.read().splitlines() == ["ublk-7", "", *"61000", "<6>hello", "<3>oh"]
     assert not os.path.exists(state.log_path(7))
 
 

@@ -168,16 +168,11 @@ struct ublksrv_io_cmd {
 	};
 };
 
-#define UBLK_U_IO_FETCH_REQ \
-	_IOWR('u', 0x20, struct ublksrv_io_cmd)
-#define UBLK_U_IO_COMMIT_AND_FETCH_REQ \
-	_IOWR('u', 0x21, struct ublksrv_io_cmd)
-#define UBLK_U_IO_NEED_GET_DATA \
-	_IOWR('u', 0x22, struct ublksrv_io_cmd)
-#define UBLK_U_IO_REGISTER_IO_BUF \
-	_IOWR('u', 0x23, struct ublksrv_io_cmd)
-#define UBLK_U_IO_UNREGISTER_IO_BUF \
-	_IOWR('u', 0x24, struct ublksrv_io_cmd)
+#define UBLK_U_IO_FETCH_REQ _IOWR('u', 0x20, struct ublksrv_io_cmd)
+#define UBLK_U_IO_COMMIT_AND_FETCH_REQ _IOWR('u', 0x21, struct ublksrv_io_cmd)
+#define UBLK_U_IO_NEED_GET_DATA _IOWR('u', 0x22, struct ublksrv_io_cmd)
+#define UBLK_U_IO_REGISTER_IO_BUF _IOWR('u', 0x23, struct ublksrv_io_cmd)
+#define UBLK_U_IO_UNREGISTER_IO_BUF _IOWR('u', 0x24, struct ublksrv_io_cmd)
 
 /* cqe->res of a fetch; ABORT says: do not fetch this tag again. */
 #define UBLK_IO_RES_OK			0
@@ -225,14 +220,11 @@ struct ublk_elem_header {
 #define UBLK_BATCH_F_HAS_BUF_ADDR		(1U << 1)
 #define UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK	(1U << 2)
 
-#define UBLK_U_IO_PREP_IO_CMDS \
-	_IOWR('u', 0x25, struct ublk_batch_io)
+#define UBLK_U_IO_PREP_IO_CMDS _IOWR('u', 0x25, struct ublk_batch_io)
 /* cqe->res: bytes of the buffer that were taken; the rest is not committed. */
-#define UBLK_U_IO_COMMIT_IO_CMDS \
-	_IOWR('u', 0x26, struct ublk_batch_io)
+#define UBLK_U_IO_COMMIT_IO_CMDS _IOWR('u', 0x26, struct ublk_batch_io)
 /* Multishot; fills provided buffers with 16-bit tags. */
-#define UBLK_U_IO_FETCH_IO_CMDS \
-	_IOWR('u', 0x27, struct ublk_batch_io)
+#define UBLK_U_IO_FETCH_IO_CMDS _IOWR('u', 0x27, struct ublk_batch_io)
 
 #define UBLK_URING_CMD_MULTISHOT	(1U << 1)	/* sqe->uring_cmd_flags */
 

@@ -124,7 +124,8 @@ int ul_work_create(uint64_t cookie, struct ul_work **work);
  * -ECANCELED: disabled. -ESHUTDOWN: draining. */
 int ul_work_queue_delayed(struct ul_workqueue *wq, struct ul_work *work,
 			  uint64_t delay_ns, int32_t modify);
-/* From here on: not after its workqueue was destroyed.
+/* From here on: not after its workqueue was destroyed, and not at the same time
+ * as its first queueing.
  * 1: it was pending, and is not now. With disable it cannot be queued again
  * until ul_work_enable(), which returns how many disables are left. */
 int ul_work_cancel(struct ul_work *work, int32_t disable);

@@ -41,9 +41,9 @@
  * Flush: each item carries the epoch of its queueing (modulo NR_COLORS); a
  * flush begins a new epoch and waits until all older ones have no item left.
  *
- * Rescue: from the moment that the manager asks for a thread until it has come,
- * the rescuers of workqueues with items WAITING stand by on a timer of their
- * own, so nothing that holds up the making of a thread holds them up.
+ * Rescue: from the moment that a worker is missing until one has come, the
+ * rescuers of workqueues with items WAITING stand by on timers of their own, so
+ * nothing that holds up the manager or the new thread holds them up.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -303,7 +303,6 @@ static void waiters_wake(struct ul_list *waiters)
 
 		list_del(&waiter->node);
 		store(&waiter->done, 1);
-		/* Its stack may be gone; see the head of this file. */
 		futex_wake(&waiter->done);
 	}
 }
@@ -375,11 +374,10 @@ static uint32_t *pool_kick(struct ul_pool *pool)
 		store(&worker->wake, 1);
 		return &worker->wake;
 	}
-	if (pool->creating || pool->paused) {
-		pool_alert_rescuers(pool);
-		return NULL;
-	}
-	if (pool->wake)
+	if (!pool->stalled_ns)
+		pool->stalled_ns = now_ns();
+	pool_alert_rescuers(pool);
+	if (pool->creating || pool->paused || pool->wake)
 		return NULL;
 	store(&pool->wake, 1);
 	return &pool->wake;
@@ -957,15 +955,12 @@ static struct ul_worker *pool_begin_create(struct ul_pool *pool, uint64_t now)
 	}
 	if (pool->creating || pool->paused)
 		return NULL;
-	if (!pool->stalled_ns)
-		pool->stalled_ns = now;
 	if (worker) {
 		pool->creating = true;
 		pool->spare = NULL;
 	} else {
 		pool_pause(pool);
 	}
-	pool_alert_rescuers(pool);
 	return worker;
 }
 
@@ -989,6 +984,7 @@ int ul_pool_manager_wait(struct ul_pool *pool, struct ul_worker **worker)
 	uint64_t now, deadline_ns;
 	uint32_t *kick;
 
+	*worker = NULL;
 	thread_setup();
 	for (;;) {
 		/* Made before it is needed, and without the lock. */
@@ -1369,6 +1365,7 @@ int ul_work_cancel(struct ul_work *work, int32_t disable)
 	bool grabbed;
 
 	if (!wq) {
+		/* Nobody else knows it yet: what the caller sees to. */
 		work->nr_disables += !!disable;
 		return 0;
 	}
