@@ -29,7 +29,7 @@ set_up ${in_guest:+guest}
 
 # For the progress bar, which sees no terminal from inside a guest.
 if [ -t 2 ]; then
-    export FORCE_COLOR=1 TTY_COMPATIBLE=1 COLUMNS LINES
+    export FORCE_COLOR=1 COLUMNS LINES
     COLUMNS=$(tput cols 2>/dev/null || echo 80) LINES=$(tput lines 2>/dev/null || echo 24)
 fi
 steps=("$ROOT/tools/demo_steps.sh" "$VENV")

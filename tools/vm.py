@@ -22,7 +22,9 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "vm"))
 
-from vm_guest import MAX_DISKS, TIMED_OUT, TOOLS, Guest, Job, Machine, Outcome
+import vm_guest
+import vm_kernels
+from vm_guest import MAX_DISKS, TIMED_OUT, Guest, Job, Machine, Outcome
 from vm_kernels import Kernel, VmError, cache_dir, find_kernel, note, require_tools
 
 EXIT_TIMEOUT = 124
@@ -297,6 +299,8 @@ def report(outcome: Outcome, console: Path, job: Job) -> int:
         note(f"{TIMED_OUT} ({job.timeout_s:g} s)")
         return EXIT_TIMEOUT
     note(f"the guest failed {'during' if outcome.started else 'before'} the job: {outcome.problem}")
+    if any("Oops: int3" in line for line in lines):
+        note("an int3 is a known fault of QEMU's emulation, not of the job: try again")
     return EXIT_GUEST
 
 
@@ -307,7 +311,7 @@ def run(arguments: argparse.Namespace) -> int:
         return run_here(arguments.command, arguments.timeout or None)
     if platform.machine() != "x86_64":
         raise VmError(f"guests are x86-64 machines, this one is {platform.machine()}")
-    require_tools(TOOLS)
+    require_tools(vm_guest.TOOLS | vm_kernels.TOOLS)
     kernel = find_kernel(arguments.kernel or "7.3", refresh=arguments.fetch)
     if not arguments.command:
         return 0

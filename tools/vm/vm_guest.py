@@ -13,6 +13,7 @@ import re
 import secrets
 import selectors
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -63,6 +64,8 @@ KERNEL_ARGS = (
     " no_timer_check damon_stat.enabled=0 cryptomgr.notests"
     " initcall_blacklist=load_system_certificate_list"
 )
+# Under emulation the other processors come up when the kernel has booted, see init.sh.
+TCG_KERNEL_ARGS = " maxcpus=1 noreplace-smp lpj=10000000"
 # la57 costs one more level of page tables; erms and fsrm invite string instructions, which are slow
 # to emulate.
 TCG_CPU = "max,la57=off,erms=off,fsrm=off"
@@ -209,7 +212,8 @@ def qemu_command(kernel: Kernel, machine: Machine, initrd: str, console: Path) -
     command = ["qemu-system-x86_64", "-M", "q35", "-nodefaults", "-no-user-config"]
     command += ["-display", "none", "-no-reboot", *processor(machine)]
     command += ["-m", f"{machine.memory_mib}M"]
-    command += ["-kernel", str(kernel.image), "-initrd", initrd, "-append", KERNEL_ARGS]
+    arguments = KERNEL_ARGS + ("" if machine.kvm else TCG_KERNEL_ARGS)
+    command += ["-kernel", str(kernel.image), "-initrd", initrd, "-append", arguments]
     command += ["-chardev", f"file,id=console,append=on,path={comma(str(console))}"]
     command += ["-serial", "chardev:console", "-device", "virtio-rng-pci"]
     command += export("host", Path("/"), writable=False)
@@ -418,5 +422,7 @@ class Guest:
         log = self.console.read_bytes()
         if status > 0:
             raise VmError(f"QEMU failed: {log.decode(errors='replace').strip()}")
+        if status < 0:
+            return Outcome(self.started, None, f"QEMU died of {signal.Signals(-status).name}")
         panicked = b"Kernel panic" in log
-        return Outcome(self.started, None, "its kernel panicked" if panicked else "it died")
+        return Outcome(self.started, None, "its kernel panicked" if panicked else "it went down")

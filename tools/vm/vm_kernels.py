@@ -36,6 +36,7 @@ DEBIAN_SUITE = re.compile(
 USELESS_MODULES = re.compile(
     r"kernel/(sound|drivers/(accel|comedi|gpu|iio|infiniband|media|staging|net/(ethernet|wireless)))/"
 )
+TOOLS = {"apt-get": "apt", "dpkg-deb": "dpkg", "xz": "xz-utils", "depmod": "kmod"}
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 SIGNATURE_MAGIC = b"~Module signature appended~\n"
 APT_HELPER = "/usr/lib/apt/apt-helper"
@@ -332,7 +333,6 @@ Acquire::Retries "3";
 
 def fetch(root: Path, series: str) -> Kernel:
     """Fetch the newest kernel of `series` into the cache `root`.  The caller holds the lock."""
-    require_tools({"apt-get": "apt", "dpkg-deb": "dpkg", "xz": "xz-utils", "depmod": "kmod"})
     suite = SUITES.get(series, DEFAULT_SUITE)
     mirror = derive_mirror(configured_mirrors(), suite)
     if mirror is None:
