@@ -48,7 +48,6 @@ POLL_US = 100
 # work I/O").
 MAX_ACTIVE = 16
 ANY_DEV_ID = -1
-MODES = ("auto", "copy", "user_copy")
 
 
 class Device:
@@ -90,7 +89,7 @@ class Device:
         queue_depth: int = 128,
         max_io_buf_bytes: int = 512 * 1024,
         flags: int = 0,
-        mode: str = "auto",
+        batch: bool | None = None,
         policy: str = "auto",
         poll_us: int | None = None,
         timeout_s: float = 30,
@@ -102,15 +101,15 @@ class Device:
         :param queue_depth: 1..4096 tags a queue.
         :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
         :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
-        :param mode: how data travels: ``copy`` (the driver copies to and from a buffer of the tag),
-            ``user_copy`` (pread and pwrite on ublkcN), ``auto`` (see :func:`data_flags`).
-        :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US where
-            the hctx has more than one CPU to run on.
+        :param batch: whether to fetch and commit in batches (UBLK_F_BATCH_IO); default: where the
+            driver has it and ``flags`` allow it.
+        :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
+            hctx that has one CPU to run on never spins.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
         """
-        flags |= data_flags(mode, flags, control.get_features())
+        flags |= _batch_flag(batch, flags, control.get_features())
         if flags & ~SUPPORTED_FLAGS:
             raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
         params = _params(target, max_io_buf_bytes)
@@ -310,24 +309,11 @@ class Device:
             Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
 
 
-def data_flags(mode: str, flags: int, features: int) -> int:
-    """Return the UBLK_F_* that carry a device's data in ``mode``.
-
-    ``auto`` is copy: the driver's copy comes with the command that fetches or commits, where user
-    copy costs a system call a request. BATCH_IO goes with either where the driver has it;
-    NEED_GET_DATA excludes both.
-
-    :param flags: what was asked for besides.
-    :param features: UBLK_F_* that the driver offers.
-    :raises ValueError: an unknown mode.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-    if flags & uapi.UBLK_F_NEED_GET_DATA:
-        return 0
-    if mode == "user_copy":
-        return uapi.UBLK_F_USER_COPY | (uapi.UBLK_F_BATCH_IO & features)
-    return uapi.UBLK_F_BATCH_IO & features
+def _batch_flag(batch: bool | None, flags: int, features: int) -> int:
+    # BATCH_IO excludes NEED_GET_DATA; one multishot fetch is faster than a command a tag.
+    if batch is None:
+        batch = bool(features & uapi.UBLK_F_BATCH_IO) and not flags & uapi.UBLK_F_NEED_GET_DATA
+    return uapi.UBLK_F_BATCH_IO if batch else 0
 
 
 def _params(target: Target, max_io_buf_bytes: int) -> Params:

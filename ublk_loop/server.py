@@ -288,9 +288,15 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
     try:
         if request.recover:
             return Device.recover(
-                control, target, request.dev_id, policy=options.policy, timeout_s=ADD_TIMEOUT_S
+                control,
+                target,
+                request.dev_id,
+                policy=options.policy,
+                poll_us=options.poll_us,
+                timeout_s=ADD_TIMEOUT_S,
             )
-        check_flags(options.flags, SUPPORTED_FLAGS, control.get_features())
+        flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
+        check_flags(flags, SUPPORTED_FLAGS, control.get_features())
         return Device.add(
             control,
             target,
@@ -299,7 +305,9 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
             queue_depth=options.queue_depth,
             max_io_buf_bytes=options.max_io_buf_bytes,
             flags=options.flags,
+            batch=options.batch,
             policy=options.policy,
+            poll_us=options.poll_us,
             timeout_s=ADD_TIMEOUT_S,
         )
     except BaseException:

@@ -465,4 +465,3 @@ def _open_backing(path: str, read_only: bool) -> int:
 
 
 __all__ = ["POLICIES", "LoopTarget", "NativeTarget", "NullTarget", "RamTarget", "Target"]
-

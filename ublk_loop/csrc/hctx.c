@@ -142,7 +142,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	struct ul_hctx *h;
 	int ret = -ENOMEM;
 
-	if (!config->queue_depth || config->queue_depth > UBLK_MAX_QUEUE_DEPTH ||
+	if (!config->queue_depth ||
+	    config->queue_depth > UBLK_MAX_QUEUE_DEPTH ||
 	    !config->max_io_buf_bytes)
 		return -EINVAL;
 	h = calloc(1, sizeof(*h));
@@ -165,8 +166,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	if (!h->elems || !h->requests)
 		goto free_requests;
 	/* Pages come with the first request that touches them. */
-	h->arena_bytes = page_round_up(config->max_io_buf_bytes) *
-			 config->queue_depth;
+	h->arena_bytes =
+		page_round_up(config->max_io_buf_bytes) * config->queue_depth;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
@@ -324,8 +325,7 @@ static void hctx_queue_fetch(struct ul_hctx *h)
 
 static void hctx_provide_fetch_buf(struct ul_hctx *h, unsigned int index)
 {
-	io_uring_buf_ring_add(h->fetch_ring,
-			      h->fetch_bufs + index * FETCH_TAGS,
+	io_uring_buf_ring_add(h->fetch_ring, h->fetch_bufs + index * FETCH_TAGS,
 			      FETCH_TAGS * sizeof(uint16_t), index,
 			      io_uring_buf_ring_mask(h->nr_fetch_bufs), 0);
 	io_uring_buf_ring_advance(h->fetch_ring, 1);
@@ -338,7 +338,7 @@ static int hctx_make_ring(struct ul_hctx *h)
 	/* Best first; a kernel that lacks a flag says -EINVAL. */
 	static const unsigned int setups[] = {
 		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-		IORING_SETUP_TASKRUN_FLAG,
+			IORING_SETUP_TASKRUN_FLAG,
 		IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
 		0,
 	};
@@ -803,8 +803,7 @@ static int hctx_wait(struct ul_hctx *h)
 	if (ret < 0 || io_uring_cq_ready(&h->ring))
 		return ret;
 	begin_ns = now_ns();
-	if (h->wait_ns <= h->spin_ns &&
-	    hctx_spin(h, begin_ns + h->spin_ns))
+	if (h->wait_ns <= h->spin_ns && hctx_spin(h, begin_ns + h->spin_ns))
 		ret = io_uring_get_events(&h->ring);
 	else
 		ret = hctx_sleep(h);

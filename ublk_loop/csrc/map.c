@@ -102,7 +102,8 @@ static bool map_knows(const struct ul_map *m, uint64_t page)
 {
 	return atomic_load_explicit(&m->resident[page / WORD_BITS],
 				    memory_order_relaxed) >>
-	       page % WORD_BITS & 1;
+		       page % WORD_BITS &
+	       1;
 }
 
 static void map_forget_all(struct ul_map *m)
@@ -172,17 +173,17 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 {
 	uint64_t page_bytes = sysconf(_SC_PAGESIZE);
 	uint64_t lead_bytes = offset_bytes & (page_bytes - 1);
-	uint64_t nr_pages = (lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
-	struct ul_map *m = calloc(1, sizeof(*m) + (nr_pages / WORD_BITS + 1) *
-				     sizeof(m->resident[0]));
+	uint64_t nr_pages =
+		(lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
+	struct ul_map *m = calloc(1, sizeof(*m) + (nr_pages / WORD_BITS +
+						   1) * sizeof(m->resident[0]));
 	void *bytes;
 
 	if (!m)
 		return -ENOMEM;
 	bytes = mmap(NULL, lead_bytes + nr_bytes,
 		     read_only ? PROT_READ : PROT_READ | PROT_WRITE,
-		     MAP_SHARED | MAP_NORESERVE, fd,
-		     offset_bytes - lead_bytes);
+		     MAP_SHARED | MAP_NORESERVE, fd, offset_bytes - lead_bytes);
 	if (bytes == MAP_FAILED) {
 		free(m);
 		return -errno;
@@ -217,8 +218,8 @@ bool ul_map_read(struct ul_map *m, uint64_t offset_bytes, void *buffer,
 			nr_bytes);
 }
 
-bool ul_map_write(struct ul_map *m, uint64_t offset_bytes,
-		  const void *buffer, uint64_t nr_bytes)
+bool ul_map_write(struct ul_map *m, uint64_t offset_bytes, const void *buffer,
+		  uint64_t nr_bytes)
 {
 	if (!map_is_resident(m, offset_bytes, nr_bytes))
 		return false;

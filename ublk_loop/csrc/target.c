@@ -236,8 +236,8 @@ static int32_t loop_write_zeroes(const struct ul_target *t,
 	bool keep = req->op_flags & UBLK_IO_F_NOUNMAP;
 	int32_t res;
 
-	res = loop_fallocate(t, keep ? FALLOC_FL_ZERO_RANGE :
-			     FALLOC_FL_PUNCH_HOLE, req);
+	res = loop_fallocate(
+		t, keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE, req);
 	if (res == -EOPNOTSUPP)
 		res = loop_write_from(t, zeroes, ZEROES_BYTES,
 				      req->offset_bytes, req->nr_bytes, 0);
@@ -343,8 +343,7 @@ static int target_write_work(struct ul_work *work)
 
 void ul_request_init(struct ul_request *req)
 {
-	ul_work_init(&req->work, target_read_work,
-		     req->target->config.cookie);
+	ul_work_init(&req->work, target_read_work, req->target->config.cookie);
 }
 
 static bool target_refuses(const struct ul_target *t,
