@@ -40,6 +40,7 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_CMD_IOCTL_ENCODE
     | uapi.UBLK_F_USER_COPY
     | uapi.UBLK_F_BATCH_IO
+    | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
 # How long an hctx spins at most, where it may: the length of a few small requests.
 POLL_US = 100
@@ -193,7 +194,7 @@ class Device:
         self._set_scheduler("none")
 
     def on_end(self, watcher: Callable[[], None]) -> None:
-        """Have ``watcher`` called, on any thread, once every hctx has ended."""
+        """Have ``watcher`` called, on any thread, once :meth:`wait` would return."""
         with self._lock:
             if not self._ended.is_set():
                 self._watchers.append(watcher)
@@ -201,7 +202,10 @@ class Device:
         watcher()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until every hctx has ended (the device was stopped); False on time-out."""
+        """Wait until every hctx has ended (the device was stopped), or one has failed.
+
+        False on time-out. :meth:`errors` tells which it was.
+        """
         return self._ended.wait(timeout_s)
 
     def stop(self, timeout_s: float = 30) -> None:
@@ -209,7 +213,7 @@ class Device:
 
         :raises DriverError: ETIMEDOUT, when a request in flight does not end.
         """
-        if self.wait(0):
+        if all(hctx.join(0) for hctx in self.hctxs):
             return
         deadline = time.monotonic() + timeout_s
         self._control.stop_dev(self.dev_id, timeout_s=timeout_s)
@@ -295,7 +299,7 @@ class Device:
     def _one_ended(self) -> None:
         with self._lock:
             self._nr_ended += 1
-            if self._nr_ended < self.info.nr_hw_queues:
+            if self._nr_ended < self.info.nr_hw_queues and not self.errors():
                 return
             self._ended.set()
             watchers, self._watchers = self._watchers, []
