@@ -1,3 +1,35 @@
-"""A userspace loop device on the kernel's ublk driver."""
+"""A userspace loop device on the kernel's ublk driver.
+
+The public classes are imported on first use: most ``ublk`` commands do without them, and without
+the compiled module.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .control import Control
+    from .device import Device
+    from .target import LoopTarget, NullTarget, RamTarget, Target
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Control": "control",
+    "Device": "device",
+    "LoopTarget": "target",
+    "NullTarget": "target",
+    "RamTarget": "target",
+    "Target": "target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+__all__ = ["Control", "Device", "LoopTarget", "NullTarget", "RamTarget", "Target", "__version__"]

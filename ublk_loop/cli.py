@@ -121,10 +121,6 @@ class _Commands(click.Group):
             fail(str(error))
         except ValueError as error:
             raise click.UsageError(str(error), ctx) from error
-        except BrokenPipeError:
-            # `ublk list | head`: nobody wants the rest, nor the interpreter's complaint at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

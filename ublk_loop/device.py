@@ -278,6 +278,9 @@ class Device:
             self._resources.callback(hctx.close)
             self.hctxs.append(hctx)
             hctx.start()
+        # First of all at close: a worker hands a request back before it is done with the hctx and
+        # the native target.
+        self._resources.callback(workqueue.flush)
         for hctx in self.hctxs:
             hctx.wait_prepared(max(0.0, deadline - time.monotonic()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -46,6 +47,21 @@ BLKZEROOUT = 0x127F
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def run_command(*words: object, timeout_s: float = COMMAND_TIMEOUT_S, check: bool = True) -> str:
+    """Run a command, which must succeed unless ``check`` is off, and return its stdout."""
+    command = [str(word) for word in words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    if check and done.returncode:
+        pytest.fail(f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., str]:
+    """``run(*words, timeout_s=60, check=True)`` runs a command and returns its stdout."""
+    return run_command
+
+
 # ---- the driver, and what a test leaves behind ----
 
 
@@ -54,8 +70,8 @@ def driver() -> Iterator[None]:
     """Skip without root and ublk_drv; have the kernel report a hung task soon."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    if not os.path.exists("/dev/ublk-control"):
-        subprocess.run(["modprobe", "ublk_drv"], capture_output=True)
+    # Nothing loads them on demand where udev does not run.
+    run_command("modprobe", "--all", "ublk_drv", "loop", "dm_mod", check=False)
     if not os.path.exists("/dev/ublk-control"):
         pytest.skip("needs the kernel module ublk_drv")
     knob = Path("/proc/sys/kernel/hung_task_timeout_secs")
@@ -123,7 +139,14 @@ def _devices() -> frozenset[str]:
 
 
 def _threads() -> frozenset[str]:
-    return frozenset(f"tid {tid}" for tid in os.listdir("/proc/self/task"))
+    # An io-wq thread is the kernel's: one idle one stays with the process (seen in 6.12).
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            name = (task / "comm").read_text().strip()
+            if not name.startswith("iou-wrk-"):
+                found.add(f"tid {task.name} {name}")
+    return frozenset(found)
 
 
 def _processes(mark: str) -> frozenset[str]:
@@ -165,7 +188,7 @@ def _clean_up(left: dict[str, list[str]]) -> None:
         with contextlib.suppress(OSError):
             os.kill(int(name.split()[0]), signal.SIGKILL)
     for mount in left.get("mounts", []):
-        subprocess.run(["umount", "--lazy", mount], capture_output=True)
+        run_command("umount", "--lazy", mount, check=False)
     for path in left.get("devices", []):
         if match := re.fullmatch(r"/dev/ublkc(\d+)", path):
             with contextlib.suppress(OSError), Control() as control:
@@ -234,20 +257,6 @@ def device(control: Control) -> Iterator[Callable[..., Device]]:
 
 
 @pytest.fixture
-def run(leaves_nothing: KernelLog) -> Callable[..., str]:
-    """Run a command, which must succeed unless ``check=False``, and return its stdout."""
-
-    def run(*words: object, timeout_s: float = COMMAND_TIMEOUT_S, check: bool = True) -> str:
-        command = [str(word) for word in words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-        if check and done.returncode:
-            pytest.fail(f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture
 def ublk(leaves_nothing: KernelLog) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line: ``ublk("add", "-t", "null")``; the caller looks at the exit code."""
 
@@ -258,6 +267,19 @@ def ublk(leaves_nothing: KernelLog) -> Callable[..., subprocess.CompletedProcess
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
     return ublk
+
+
+@pytest.fixture(scope="session")
+def raises_errno() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """``with raises_errno(errno.EIO)``: an OSError of this errno."""
+
+    @contextlib.contextmanager
+    def raises_errno(code: int) -> Iterator[None]:
+        with pytest.raises(OSError) as failure:
+            yield
+        assert errno.errorcode[failure.value.errno or 0] == errno.errorcode[code]
+
+    return raises_errno
 
 
 # ---- files and file systems ----
@@ -297,13 +319,11 @@ def attach_loop() -> Callable[..., contextlib.AbstractContextManager[Path]]:
 
     @contextlib.contextmanager
     def attach(file: Path, *options: str) -> Iterator[Path]:
-        command = ["losetup", "--find", "--show", *options, str(file)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
-        path = done.stdout.strip()
+        path = Path(run_command("losetup", "--find", "--show", *options, file).strip())
         try:
-            yield Path(path)
+            yield path
         finally:
-            subprocess.run(["losetup", "--detach", path], check=True, timeout=30)
+            run_command("losetup", "--detach", path)
 
     return attach
 
@@ -317,12 +337,11 @@ def mounted(
     @contextlib.contextmanager
     def mounted(source: object, *options: str) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("mnt")
-        command = ["mount", *options, str(source), str(folder)]
-        subprocess.run(command, check=True, timeout=COMMAND_TIMEOUT_S)
+        run_command("mount", *options, source, folder)
         try:
             yield folder
         finally:
-            subprocess.run(["umount", str(folder)], check=True, timeout=COMMAND_TIMEOUT_S)
+            run_command("umount", folder)
             folder.rmdir()
 
     return mounted
@@ -336,8 +355,8 @@ def ext4_folder(
     image = tmp_path_factory.mktemp("ext4") / "image"
     with image.open("wb") as file:
         file.truncate(512 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", str(image)], check=True, timeout=60)
-    with attach_loop(image) as disk, mounted(disk) as folder:
+    run_command("mkfs.ext4", "-q", "-O", "^has_journal", image)
+    with attach_loop(image) as disk, mounted(disk, "-o", "discard") as folder:
         yield folder
     image.unlink()
 

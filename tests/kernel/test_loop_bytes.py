@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import pytest
@@ -108,18 +109,20 @@ def test_file_of_an_unaligned_size_gives_a_device_of_whole_blocks(
 def test_client_memory_that_is_not_page_aligned_is_read_and_written_right(
     device, backing_file, ext4_folder, open_block, pattern, direct
 ) -> None:
-    import mmap
-
     path = backing_file(MIB, folder=ext4_folder)
     dev = device(LoopTarget(path, direct=direct))
     data = pattern(64 * 1024)
-    with open_block(dev.block_path) as client, mmap.mmap(-1, 128 * 1024) as memory:
-        with memoryview(memory) as view, view[512 : 512 + len(data)] as unaligned:
-            unaligned[:] = data
-            assert os.pwritev(client.fd, [unaligned], 4096) == len(data)
-            unaligned[:] = bytes(len(data))
-            assert os.preadv(client.fd, [unaligned], 4096) == len(data)
-            assert unaligned == data
+    with (
+        open_block(dev.block_path) as client,
+        mmap.mmap(-1, 128 * 1024) as memory,
+        memoryview(memory) as view,
+        view[512 : 512 + len(data)] as unaligned,
+    ):
+        unaligned[:] = data
+        assert os.pwritev(client.fd, [unaligned], 4096) == len(data)
+        unaligned[:] = bytes(len(data))
+        assert os.preadv(client.fd, [unaligned], 4096) == len(data)
+        assert unaligned == data
     dev.delete()
     assert path.read_bytes()[4096 : 4096 + len(data)] == data
 

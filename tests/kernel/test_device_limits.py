@@ -1,0 +1,169 @@
+"""Limits of a device: depths, queues, request sizes; and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ublk_loop.control import list_dev_ids
+from ublk_loop.device import Device
+from ublk_loop.errors import DriverError
+from ublk_loop.target import LoopTarget, NullTarget, RamTarget
+from ublk_loop.uapi import (
+    UBLK_F_BATCH_IO,
+    UBLK_F_SUPPORT_ZERO_COPY,
+    UBLK_F_USER_COPY,
+    UBLK_F_ZONED,
+)
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+class Recorder(RamTarget):
+    """Remembers the lengths of its requests."""
+
+    def __init__(self, nr_bytes: int) -> None:
+        super().__init__(nr_bytes)
+        self.lengths: list[int] = []
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.lengths.append(len(data))
+        super().write(offset, data)
+
+
+def queue_attr(dev: Device, name: str) -> int:
+    return int(Path(f"/sys/block/ublkb{dev.dev_id}/queue/{name}").read_text())
+
+
+@pytest.mark.parametrize("flags", [0, UBLK_F_USER_COPY], ids=["copy", "user_copy"])
+@pytest.mark.parametrize("queue_depth", [1, 2, 4096])
+def test_queue_depth_from_1_to_the_drivers_limit_serves(
+    device, backing_file, fio, queue_depth, flags
+) -> None:
+    path = backing_file(8 * MIB)
+    dev = device(LoopTarget(path), queue_depth=queue_depth, max_io_buf_bytes=64 * KIB, flags=flags)
+    assert dev.info.queue_depth == queue_depth
+    jobs = {
+        rw: {"rw": rw, "bs": "4k", "iodepth": min(queue_depth, 256), "size": 2 * MIB}
+        for rw in ("write", "randwrite")
+    }
+    fio(dev.block_path, jobs, verify="crc32c")
+    assert dev.hctxs[0].stats().nr_errors == 0
+
+
+def test_queues_beyond_the_cpus_are_capped_and_each_has_its_cpus(device) -> None:
+    dev = device(NullTarget(MIB), nr_hw_queues=64, queue_depth=2)
+    nr_cpus = os.cpu_count() or 1
+    assert len(dev.hctxs) == dev.info.nr_hw_queues == nr_cpus
+    affinities = [hctx.affinity for hctx in dev.hctxs]
+    assert frozenset().union(*affinities) == frozenset(range(nr_cpus))
+    assert sum(map(len, affinities)) == nr_cpus
+    for hctx in dev.hctxs:
+        assert os.sched_getaffinity(hctx.tid) == hctx.affinity
+
+
+@pytest.mark.parametrize("flags", [0, UBLK_F_USER_COPY], ids=["copy", "user_copy"])
+@pytest.mark.parametrize("max_io_buf_bytes", [4 * KIB, 64 * KIB, MIB, 4 * MIB])
+def test_largest_request_is_what_was_asked_for(
+    device, open_block, pattern, flags, max_io_buf_bytes
+) -> None:
+    target = Recorder(8 * MIB)
+    dev = device(target, max_io_buf_bytes=max_io_buf_bytes, queue_depth=8, flags=flags)
+    assert dev.info.max_io_buf_bytes == max_io_buf_bytes
+    assert queue_attr(dev, "max_hw_sectors_kb") == max_io_buf_bytes >> 10
+    # By default the kernel keeps file systems to less.
+    Path(f"/sys/block/ublkb{dev.dev_id}/queue/max_sectors_kb").write_text(
+        str(max_io_buf_bytes >> 10)
+    )
+    data = pattern(4 * MIB)
+    with open_block(dev.block_path) as client:
+        client.write(MIB, data)
+        assert client.read(MIB, len(data)) == data
+    assert sum(target.lengths) == len(data)
+    # Memory in scattered pages may make it smaller, never larger.
+    assert 4 * KIB <= max(target.lengths) <= max_io_buf_bytes
+
+
+def test_terabytes_are_a_size_too(device, backing_file, open_block, pattern) -> None:
+    nr_bytes = 3 << 40
+    path = backing_file(nr_bytes)
+    dev = device(LoopTarget(path))
+    with open_block(dev.block_path) as client:
+        client.write(nr_bytes - 4096, pattern(4096))
+        assert client.read(nr_bytes - 4096, 4096) == pattern(4096)
+    dev.delete()
+    with path.open("rb") as file:
+        file.seek(-4096, os.SEEK_END)
+        assert file.read() == pattern(4096)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"queue_depth": 0},
+        {"queue_depth": 4097},
+        {"nr_hw_queues": 0},
+        {"nr_hw_queues": 4097},
+        {"max_io_buf_bytes": 0},
+        {"max_io_buf_bytes": 2048},
+        {"max_io_buf_bytes": (32 << 20) + 4096},
+        {"dev_id": -2},
+        {"flags": UBLK_F_SUPPORT_ZERO_COPY},
+        {"flags": UBLK_F_ZONED | UBLK_F_USER_COPY},
+        {"flags": UBLK_F_BATCH_IO},
+        {"flags": 1 << 40},
+        {"policy": "2015"},
+    ],
+    ids=str,
+)
+def test_bad_option_is_a_value_error_and_leaves_no_device(control, options) -> None:
+    before = list_dev_ids()
+    with pytest.raises(ValueError):
+        Device.add(control, NullTarget(MIB), **options)
+    assert list_dev_ids() == before
+
+
+def test_id_that_is_taken_is_eexist_and_its_device_lives_on(
+    device, control, open_block, raises_errno
+) -> None:
+    dev = device(RamTarget(MIB))
+    with pytest.raises(DriverError) as refusal:
+        Device.add(control, NullTarget(MIB), dev_id=dev.dev_id)
+    assert refusal.value.errno == errno.EEXIST
+    with open_block(dev.block_path) as client:
+        assert client.read(0, 4096) == bytes(4096)
+
+
+def test_target_that_cannot_be_made_native_leaves_no_device(control) -> None:
+    class Broken(NullTarget):
+        def _native_config(self):
+            raise OSError(errno.ENOMEM, "no")
+
+    before = list_dev_ids()
+    with pytest.raises(OSError) as failure:
+        Device.add(control, Broken(MIB))
+    assert failure.value.errno == errno.ENOMEM
+    assert list_dev_ids() == before
+
+
+def test_io_threads_are_io_flushers_and_workers_run_at_high_priority(
+    device, backing_file, open_block
+) -> None:
+    dev = device(LoopTarget(backing_file(MIB)))
+    with open_block(dev.block_path) as client:
+        client.read(0, 4096)
+        pf_memalloc_noio = 0x00080000
+        pf_local_throttle = 0x00100000
+        stat = Path("/proc/self/task", str(dev.hctxs[0].tid), "stat").read_text()
+        flags = int(stat.rpartition(") ")[2].split()[6])
+        assert flags & pf_memalloc_noio
+        assert flags & pf_local_throttle
+        nices = [
+            int(Path("/proc/self/task", tid, "stat").read_text().rpartition(") ")[2].split()[16])
+            for tid in os.listdir("/proc/self/task")
+        ]
+        assert -20 in nices
