@@ -28,11 +28,7 @@
 #define ADD(word, n)	__atomic_add_fetch(&(word), n, __ATOMIC_RELAXED)
 #define GET(word)	__atomic_load_n(&(word), __ATOMIC_ACQUIRE)
 #define SET(word, n)	__atomic_store_n(&(word), n, __ATOMIC_RELEASE)
-#define REQUIRE(what) \
-	do { \
-		if (!(what)) \
-			broken(#what, __LINE__); \
-	} while (0)
+#define REQUIRE(what) do { if (!(what)) broken(#what, __LINE__); } while (0)
 
 static void broken(const char *what, int line)
 {
@@ -41,11 +37,7 @@ static void broken(const char *what, int line)
 }
 
 /* What the manager does about a thread that is needed. */
-enum {
-	CREATE_WORKS,
-	CREATE_FAILS,
-	CREATE_HANGS
-};
+enum { CREATE_WORKS, CREATE_FAILS, CREATE_HANGS };
 static int create_mode;
 
 /* A pool with its threads, as Python's half would have them. */
@@ -127,7 +119,7 @@ static pthread_t lend_thread(struct host *host, struct ul_worker *worker)
 	struct lent *lent = malloc(sizeof(*lent));
 	pthread_t thread;
 
-	*lent = (struct lent){ host, worker };
+	*lent = (struct lent) { host, worker };
 	ADD(host->nr_threads, 1);
 	REQUIRE(!pthread_create(&thread, NULL, worker_main, lent));
 	return thread;
@@ -332,8 +324,8 @@ static void *queuer_main(void *arg)
 
 		op(dice, item, (rand_r(&seed) % 3) * MS / 2);
 		if (i % 500 == 499)
-			SET(create_mode,
-			    (i / 500) % 3 ? CREATE_WORKS : CREATE_FAILS);
+			SET(create_mode, (i / 500) % 3 ? CREATE_WORKS :
+							 CREATE_FAILS);
 	}
 	return NULL;
 }
@@ -341,7 +333,7 @@ static void *queuer_main(void *arg)
 static void items_init(unsigned int seed)
 {
 	for (int i = 0; i < NR_ITEMS; i++) {
-		items[i] = (struct item){
+		items[i] = (struct item) {
 			.queue = &queues[i % NR_QUEUES],
 			.seed = seed + i,
 		};
@@ -371,8 +363,7 @@ static void stress_report(struct host *host)
 		nr_runs += items[i].nr_runs;
 	ul_pool_get_stats(host->pool, &pool);
 	printf("runs %ld parcels %ld attended %d created %llu culled %llu "
-	       "failed %llu",
-	       nr_runs, nr_parcels_received, host->nr_attended,
+	       "failed %llu", nr_runs, nr_parcels_received, host->nr_attended,
 	       (unsigned long long)pool.nr_created,
 	       (unsigned long long)pool.nr_culled,
 	       (unsigned long long)pool.nr_create_failures);

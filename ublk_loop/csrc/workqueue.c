@@ -187,8 +187,10 @@ static __thread struct ul_worker *this_worker;
 
 #define container_of(ptr, type, member) \
 	((type *)((char *)(ptr) - offsetof(type, member)))
-#define list_first(list, type, member) container_of((list)->next, type, member)
-#define list_last(list, type, member) container_of((list)->prev, type, member)
+#define list_first(list, type, member) \
+	container_of((list)->next, type, member)
+#define list_last(list, type, member) \
+	container_of((list)->prev, type, member)
 
 static void list_init(struct ul_list *list)
 {
@@ -262,8 +264,7 @@ static int futex_wait(uint32_t *futex, uint64_t deadline_ns)
 
 	if (!syscall(SYS_futex, futex, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG,
 		     0, deadline_ns == NEVER ? NULL : &ts, NULL,
-		     FUTEX_BITSET_MATCH_ANY) ||
-	    errno == EAGAIN)
+		     FUTEX_BITSET_MATCH_ANY) || errno == EAGAIN)
 		return 0;
 	return -errno;
 }
@@ -298,8 +299,7 @@ static void store(uint32_t *word, uint32_t value)
 static void waiters_wake(struct ul_list *waiters)
 {
 	while (!list_empty(waiters)) {
-		struct waiter *waiter =
-			list_first(waiters, struct waiter, node);
+		struct waiter *waiter = list_first(waiters, struct waiter, node);
 
 		list_del(&waiter->node);
 		store(&waiter->done, 1);
@@ -338,8 +338,7 @@ static bool pool_has_too_many(const struct ul_pool *pool)
 	uint32_t nr_busy = pool->nr_workers - pool->nr_idle;
 
 	return pool->nr_idle > MIN_IDLE_WORKERS &&
-	       (pool->nr_idle - MIN_IDLE_WORKERS) * IDLE_WORKERS_RATIO >=
-		       nr_busy;
+	       (pool->nr_idle - MIN_IDLE_WORKERS) * IDLE_WORKERS_RATIO >= nr_busy;
 }
 
 /* Have the rescuers of what is waiting look at their clocks. */
@@ -432,7 +431,8 @@ static void wq_advance(struct ul_workqueue *wq)
 	       !wq->nr_epoch[wq->done_epoch % NR_COLORS])
 		wq->done_epoch++;
 	for (node = wq->flushers.next; node != &wq->flushers; node = next) {
-		struct waiter *waiter = container_of(node, struct waiter, node);
+		struct waiter *waiter =
+			container_of(node, struct waiter, node);
 
 		next = node->next;
 		if (waiter->epoch > wq->done_epoch)
@@ -826,8 +826,8 @@ static struct ul_work *rescuer_next(struct ul_worker *rescuer)
 			if (due_ns < rescuer->mayday_ns)
 				due_ns = rescuer->mayday_ns;
 			if (now >= due_ns) {
-				rescuer->mayday_ns =
-					now + pool->config.mayday_interval_ns;
+				rescuer->mayday_ns = now +
+					pool->config.mayday_interval_ns;
 				rescuer->nr_turn = RESCUER_BATCH;
 				rescuer->rescues->stats.nr_maydays++;
 				continue;
@@ -857,8 +857,8 @@ int ul_worker_run(struct ul_worker *worker, struct ul_work **attend,
 		pthread_mutex_lock(&pool->lock);
 		worker_end(worker);
 next:
-		work = worker->rescues ? rescuer_next(worker)
-				       : worker_next(worker);
+		work = worker->rescues ? rescuer_next(worker) :
+					 worker_next(worker);
 		if (!work)
 			break;
 		worker_begin(worker, work);
@@ -925,8 +925,7 @@ static uint64_t pool_cull(struct ul_pool *pool, uint64_t now)
 
 	while (pool_has_too_many(pool)) {
 		worker = list_last(&pool->idle, struct ul_worker, idle_node);
-		due_ns =
-			later_ns(worker->idle_ns, pool->config.idle_timeout_ns);
+		due_ns = later_ns(worker->idle_ns, pool->config.idle_timeout_ns);
 		if (due_ns > now) {
 			pool->cull_armed = true;
 			return due_ns;
@@ -1071,7 +1070,7 @@ void ul_pool_stop(struct ul_pool *pool)
 void ul_pool_get_stats(struct ul_pool *pool, struct ul_pool_stats *stats)
 {
 	pthread_mutex_lock(&pool->lock);
-	*stats = (struct ul_pool_stats){
+	*stats = (struct ul_pool_stats) {
 		.nr_created = pool->nr_created,
 		.nr_culled = pool->nr_culled,
 		.nr_create_failures = pool->nr_failures,

@@ -17,10 +17,7 @@
  * returns UL_WORK_ATTEND when Python is needed: ul_worker_run() hands item and
  * cookie to Python and, when Python comes back, calls the function again.
  */
-enum {
-	UL_WORK_DONE = 0,
-	UL_WORK_ATTEND = 1
-};
+enum { UL_WORK_DONE = 0, UL_WORK_ATTEND = 1 };
 
 typedef int (*ul_work_func)(struct ul_work *work);
 
