@@ -140,6 +140,7 @@ class ul_target_config(CData):
     flags: int
     fd: int
     offset_bytes: int
+    dev_nr_bytes: int
     cookie: int
 
 @final
@@ -159,6 +160,7 @@ class ul_hctx_config(CData):
     q_id: int
     queue_depth: int
     max_io_buf_bytes: int
+    poll_us: int
     dev_flags: int
 
 @final
@@ -170,6 +172,8 @@ class ul_hctx_stats(CData):
     nr_errors: int
     nr_batches: int
     nr_sleeps: int
+    nr_inline: int
+    nr_async: int
     read_bytes: int
     write_bytes: int
     nr_inflight: int
@@ -261,7 +265,10 @@ class Lib:
     UL_TARGET_PYTHON: int
     UL_POLICY_2014: int
     UL_POLICY_BASE: int
+    UL_POLICY_AUTO: int
     UL_TARGET_READ_ONLY: int
+    UL_TARGET_DIRECT: int
+    UL_TARGET_MAP: int
     def ul_control_create(self, control_fd: int, control: Array[ul_control], /) -> int: ...
     def ul_control_destroy(self, control: ul_control, /) -> None: ...
     def ul_control_submit(

@@ -40,7 +40,8 @@ _TYPE_HELP = {
 
 \b
   -f, --file FILE      the backing file; it is locked while it is served
-  --buffered_io        through the page cache; default: O_DIRECT where the file takes it
+  --buffered_io        through the page cache; the default for a regular file
+  --direct_io          past the page cache (O_DIRECT); the default for a block device
   -o, --offset SECTORS where the device begins in the file, in sectors of 512 bytes
   --size SIZE          the device's size; default: to the end of the file
   -R, --read_only      a read-only device
@@ -67,6 +68,17 @@ Example:
 Example:
   ublk add -t ram --size 64M""",
 }
+
+
+class PollTime(click.ParamType[int | None]):
+    """``auto`` (None) or a number of microseconds."""
+
+    name = "poll time"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value == "auto":
+            return None
+        return click.IntRange(0, state.MAX_POLL_US).convert(value, param, ctx)
 
 
 _SWITCH = click.Choice(["0", "1"])
@@ -191,7 +203,12 @@ def cli() -> None:
 )
 @click.option("--usercopy", is_flag=True, help="Copy the data by pread and pwrite.")
 @click.option("-z", "--zerocopy", is_flag=True, help="Do not copy the data.")
-@click.option("-b", "--batch", is_flag=True, help="Fetch and commit in batches.")
+@click.option(
+    "-b/ ",
+    "--batch/--no_batch",
+    default=None,
+    help="Fetch and commit in batches; default: where the driver can.",
+)
 @click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
 @click.option(
     "--max_io_buf_bytes",
@@ -204,15 +221,25 @@ def cli() -> None:
 @click.option(
     "--policy",
     type=click.Choice(state.POLICIES),
-    default="2014",
+    default="auto",
     show_default=True,
-    help="2014: reads concurrently, writes in order. base: everything in order.",
+    help="auto: at once what cannot block, else as 2014. 2014: reads concurrently, writes in order."
+    " base: everything in order.",
+)
+@click.option(
+    "--poll_us",
+    metavar="US",
+    type=PollTime(),
+    default="auto",
+    show_default=True,
+    help="How long to spin for the next request before sleeping; 0: not at all.",
 )
 @click.option(
     "--foreground", is_flag=True, help="Serve in this process; Ctrl-C deletes the device."
 )
 @click.option("-f", "--file", "path", type=click.Path(), help="loop: the backing file.")
 @click.option("--buffered_io", is_flag=True, help="loop: use the page cache.")
+@click.option("--direct_io", is_flag=True, help="loop: bypass the page cache.")
 @click.option(
     "-o", "--offset", type=click.IntRange(0), metavar="SECTORS", help="loop: where to begin."
 )
@@ -237,6 +264,8 @@ def add(**given: Any) -> None:
             max_io_buf_bytes=_whole_pages(given["max_io_buf_bytes"]),
             flags=_flags(given),
             policy=given["policy"],
+            batch=given["batch"],
+            poll_us=given["poll_us"],
         ),
         spec=_target_spec(given),
         dev_id=given["dev_id"],
@@ -263,7 +292,6 @@ def _flags(given: dict[str, Any]) -> int:
         "user_recovery_fail_io": recovery | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
         "usercopy": uapi.UBLK_F_USER_COPY,
         "zerocopy": uapi.UBLK_F_SUPPORT_ZERO_COPY,
-        "batch": uapi.UBLK_F_BATCH_IO,
         "unprivileged": uapi.UBLK_F_UNPRIVILEGED_DEV,
     }
     if _is_on(given["user_recovery_reissue"]) and _is_on(given["user_recovery_fail_io"]):
@@ -271,6 +299,8 @@ def _flags(given: dict[str, Any]) -> int:
     flags = 0
     for name, bits in modes.items():
         flags |= bits if _is_on(given[name]) else 0
+    if given["batch"] and flags & uapi.UBLK_F_NEED_GET_DATA:
+        raise click.UsageError("-b and -g exclude each other")
     if flags & recovery and given["kind"] == "ram":
         raise click.UsageError("a ram device cannot be recovered: its data dies with its server")
     return flags
@@ -287,6 +317,7 @@ def _target_spec(given: dict[str, Any]) -> TargetSpec:
             ("-f", "path"),
             ("-o", "offset"),
             ("--buffered_io", "buffered_io"),
+            ("--direct_io", "direct_io"),
             ("-R", "read_only"),
         ):
             if given[name] not in (None, False):
@@ -296,6 +327,8 @@ def _target_spec(given: dict[str, Any]) -> TargetSpec:
         return TargetSpec(kind, nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes)
     if not path:
         raise click.UsageError("-t loop needs -f FILE")
+    if given["buffered_io"] and given["direct_io"]:
+        raise click.UsageError("--buffered_io and --direct_io exclude each other")
     offset_bytes = (given["offset"] or 0) << uapi.SECTOR_SHIFT
     if offset_bytes >= 1 << 63:
         raise click.UsageError("-o is beyond any file")
@@ -304,7 +337,7 @@ def _target_spec(given: dict[str, Any]) -> TargetSpec:
         path=os.path.abspath(path),
         offset_bytes=offset_bytes,
         nr_bytes=nr_bytes,
-        direct=False if given["buffered_io"] else None,
+        direct=True if given["direct_io"] else False if given["buffered_io"] else None,
         read_only=given["read_only"],
     )
 

@@ -39,7 +39,11 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_UNPRIVILEGED_DEV
     | uapi.UBLK_F_CMD_IOCTL_ENCODE
     | uapi.UBLK_F_USER_COPY
+    | uapi.UBLK_F_BATCH_IO
+    | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
+# How long an hctx spins at most, where it may: the length of a few small requests.
+POLL_US = 100
 # A device's cap on concurrent reads, as the kernel's loop gave itself in 2015 when a slow disk
 # drowned in readers: Linux kernel commit 4d4e41aef942 ("block: loop: avoiding too many pending per
 # work I/O").
@@ -53,12 +57,20 @@ class Device:
     From then on the device owns ``target`` and closes it.
     """
 
-    def __init__(self, control: Control, target: Target, info: DevInfo, policy: str) -> None:
+    def __init__(
+        self,
+        control: Control,
+        target: Target,
+        info: DevInfo,
+        policy: str,
+        poll_us: int | None,
+    ) -> None:
         self.info = info
         self.target = target
         self.hctxs: list[HardwareContext] = []
         self._control = control
         self._policy = policy
+        self._poll_us = poll_us
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
         self._recovering = False
@@ -78,7 +90,9 @@ class Device:
         queue_depth: int = 128,
         max_io_buf_bytes: int = 512 * 1024,
         flags: int = 0,
-        policy: str = "2014",
+        batch: bool | None = None,
+        policy: str = "auto",
+        poll_us: int | None = None,
         timeout_s: float = 30,
     ) -> Device:
         """Add a device and prepare to serve it; :meth:`start` makes it live.
@@ -88,10 +102,15 @@ class Device:
         :param queue_depth: 1..4096 tags a queue.
         :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
         :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
+        :param batch: whether to fetch and commit in batches (UBLK_F_BATCH_IO); default: where the
+            driver has it and ``flags`` allow it.
+        :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
+            hctx that has one CPU to run on never spins.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
         """
+        flags |= _batch_flag(batch, flags, control.get_features())
         if flags & ~SUPPORTED_FLAGS:
             raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
         params = _params(target, max_io_buf_bytes)
@@ -105,7 +124,7 @@ class Device:
                 ublksrv_pid=os.getpid(),
             )
         )
-        device = cls(control, target, info, policy)
+        device = cls(control, target, info, policy, poll_us)
         try:
             missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
             if missing:
@@ -128,7 +147,8 @@ class Device:
         target: Target,
         dev_id: int,
         *,
-        policy: str = "2014",
+        policy: str = "auto",
+        poll_us: int | None = None,
         timeout_s: float = 30,
     ) -> Device:
         """Take over a device whose server is gone; :meth:`start` makes it live again.
@@ -137,7 +157,7 @@ class Device:
             not waiting for one), ENODEV. The device is left as it was found.
         """
         control.start_user_recovery(dev_id, timeout_s=timeout_s)
-        device = cls(control, target, control.get_dev_info(dev_id), policy)
+        device = cls(control, target, control.get_dev_info(dev_id), policy, poll_us)
         device._recovering = True
         try:
             device._prepare(timeout_s)
@@ -174,7 +194,7 @@ class Device:
         self._set_scheduler("none")
 
     def on_end(self, watcher: Callable[[], None]) -> None:
-        """Have ``watcher`` called, on any thread, once every hctx has ended."""
+        """Have ``watcher`` called, on any thread, once :meth:`wait` would return."""
         with self._lock:
             if not self._ended.is_set():
                 self._watchers.append(watcher)
@@ -182,7 +202,10 @@ class Device:
         watcher()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until every hctx has ended (the device was stopped); False on time-out."""
+        """Wait until every hctx has ended (the device was stopped), or one has failed.
+
+        False on time-out. :meth:`errors` tells which it was.
+        """
         return self._ended.wait(timeout_s)
 
     def stop(self, timeout_s: float = 30) -> None:
@@ -190,7 +213,7 @@ class Device:
 
         :raises DriverError: ETIMEDOUT, when a request in flight does not end.
         """
-        if self.wait(0):
+        if all(hctx.join(0) for hctx in self.hctxs):
             return
         deadline = time.monotonic() + timeout_s
         self._control.stop_dev(self.dev_id, timeout_s=timeout_s)
@@ -239,6 +262,7 @@ class Device:
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
         for q_id in range(self.info.nr_hw_queues):
+            affinity = self._affinity(q_id)
             hctx = HardwareContext(
                 cdev_fd,
                 q_id,
@@ -247,7 +271,8 @@ class Device:
                 dev_flags=self.info.flags,
                 target=native.handle,
                 workqueue=workqueue.handle,
-                affinity=self._affinity(q_id),
+                poll_us=self._choose_poll_us(affinity),
+                affinity=affinity,
                 on_end=self._one_ended,
             )
             self._resources.callback(hctx.close)
@@ -268,10 +293,16 @@ class Device:
         allowed = os.sched_getaffinity(0)
         return self._control.get_queue_affinity(self.dev_id, q_id) & allowed
 
+    def _choose_poll_us(self, affinity: frozenset[int]) -> int:
+        # On a single CPU a spin only keeps the client from running.
+        if len(affinity) < 2:
+            return 0
+        return POLL_US if self._poll_us is None else self._poll_us
+
     def _one_ended(self) -> None:
         with self._lock:
             self._nr_ended += 1
-            if self._nr_ended < self.info.nr_hw_queues:
+            if self._nr_ended < self.info.nr_hw_queues and not self.errors():
                 return
             self._ended.set()
             watchers, self._watchers = self._watchers, []
@@ -283,6 +314,13 @@ class Device:
         # backing that sorts for itself. Unprivileged: stays as it is.
         with contextlib.suppress(OSError):
             Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
+
+
+def _batch_flag(batch: bool | None, flags: int, features: int) -> int:
+    # BATCH_IO excludes NEED_GET_DATA; one multishot fetch is faster than a command a tag.
+    if batch is None:
+        batch = bool(features & uapi.UBLK_F_BATCH_IO) and not flags & uapi.UBLK_F_NEED_GET_DATA
+    return uapi.UBLK_F_BATCH_IO if batch else 0
 
 
 def _params(target: Target, max_io_buf_bytes: int) -> Params:

@@ -32,6 +32,8 @@ class HctxStats:
     nr_errors: int
     nr_batches: int
     nr_sleeps: int
+    nr_inline: int
+    nr_async: int
     read_bytes: int
     write_bytes: int
     nr_inflight: int
@@ -44,6 +46,8 @@ class HardwareContext:
     :param queue_depth: tags, 1..4096.
     :param max_io_buf_bytes: the largest request.
     :param dev_flags: UBLK_F_*, as the driver granted them.
+    :param poll_us: the longest spin before the thread sleeps; 0: none. It spins only while requests
+        follow one another faster than that.
     :param affinity: CPUs the thread may run on; empty: where the scheduler wants.
     :param on_end: called on the hctx's thread as its last act.
     :raises DriverError: ENOMEM, EMFILE.
@@ -57,6 +61,7 @@ class HardwareContext:
         queue_depth: int,
         max_io_buf_bytes: int,
         dev_flags: int,
+        poll_us: int = 0,
         target: ul_target,
         workqueue: ul_workqueue,
         affinity: Iterable[int] = (),
@@ -72,6 +77,7 @@ class HardwareContext:
         config.q_id = q_id
         config.queue_depth = queue_depth
         config.max_io_buf_bytes = max_io_buf_bytes
+        config.poll_us = poll_us
         config.dev_flags = dev_flags
         handle = ffi.new("struct ul_hctx **")
         check(lib.ul_hctx_create(config, target, workqueue, handle), f"queue {q_id}")
@@ -132,13 +138,15 @@ class HardwareContext:
         try:
             if self.affinity:
                 os.sched_setaffinity(0, self.affinity)
+            # A wake-up then does not preempt the client, which submits more before we run.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             check(lib.ul_hctx_prepare(handle), f"queue {self.q_id}: fetch")
             self._prepared.set()
             check(lib.ul_hctx_run(handle), f"queue {self.q_id}")
         except DriverError as error:
             self.error = error
         except OSError as error:
-            self.error = DriverError(error.errno or 0, f"queue {self.q_id}: affinity")
+            self.error = DriverError(error.errno or 0, f"queue {self.q_id}: scheduling")
         finally:
             self._prepared.set()
             self._on_end()

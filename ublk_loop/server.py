@@ -51,7 +51,6 @@ LAUNCH_TIMEOUT_S = ADD_TIMEOUT_S + START_TIMEOUT_S + NODE_TIMEOUT_S + 10
 NR_LAST_WORDS = 5
 
 _JOURNAL_PATH = "/run/systemd/journal/stdout"
-_HEALTH_INTERVAL_S = 5.0
 _ERRORS = (BackingFileError, DaemonError, DriverError, UblkLoopError)
 
 _log = logging.getLogger(__name__)
@@ -288,9 +287,15 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
     try:
         if request.recover:
             return Device.recover(
-                control, target, request.dev_id, policy=options.policy, timeout_s=ADD_TIMEOUT_S
+                control,
+                target,
+                request.dev_id,
+                policy=options.policy,
+                poll_us=options.poll_us,
+                timeout_s=ADD_TIMEOUT_S,
             )
-        check_flags(options.flags, SUPPORTED_FLAGS, control.get_features())
+        flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
+        check_flags(flags, SUPPORTED_FLAGS, control.get_features())
         return Device.add(
             control,
             target,
@@ -299,7 +304,9 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
             queue_depth=options.queue_depth,
             max_io_buf_bytes=options.max_io_buf_bytes,
             flags=options.flags,
+            batch=options.batch,
             policy=options.policy,
+            poll_us=options.poll_us,
             timeout_s=ADD_TIMEOUT_S,
         )
     except BaseException:
@@ -354,8 +361,8 @@ def _give_up(device: Device, request: Request) -> None:
 
 def _serve_until_end(control: Control, device: Device, events: _Events) -> None:
     device.on_end(events.wake)
-    while not events.stop_requested and not device.wait(0) and not device.errors():
-        events.wait(_HEALTH_INTERVAL_S)
+    while not events.stop_requested and not device.wait(0):
+        events.wait()
     if device.errors():
         # As after a crash: the driver fails the device, or keeps it for a recovery.
         raise device.errors()[0]
@@ -397,9 +404,9 @@ class _Events:
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_fd, b"\0")
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self) -> None:
         """Wait for a signal or a wake-up; on the main thread."""
-        select.select([self._read_fd], [], [], timeout_s)
+        select.select([self._read_fd], [], [])
         with contextlib.suppress(BlockingIOError):
             os.read(self._read_fd, 4096)
 

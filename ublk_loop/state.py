@@ -24,7 +24,8 @@ MAX_DEV_ID = (1 << 20) - 1
 MAX_NR_HW_QUEUES = 4096
 MAX_QUEUE_DEPTH = 4096
 MAX_NR_CPUS = 1 << 16
-POLICIES = ("2014", "base")
+POLICIES = ("auto", "2014", "base")
+MAX_POLL_US = 1_000_000
 TARGET_TYPES = ("loop", "null", "ram")
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
@@ -45,13 +46,18 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """What the driver was asked for, and the policy; ``flags`` are UBLK_F_* bits."""
+    """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
+
+    ``batch`` and ``poll_us`` None mean what :meth:`Device.add` chooses.
+    """
 
     nr_hw_queues: int = 1
     queue_depth: int = 128
     max_io_buf_bytes: int = 512 * 1024
     flags: int = 0
-    policy: str = "2014"
+    policy: str = "auto"
+    batch: bool | None = None
+    poll_us: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,8 @@ def _parse_options(value: JsonValue) -> DeviceOptions:
         max_io_buf_bytes=fields.integer("max_io_buf_bytes", 4096, 32 << 20),
         flags=fields.integer("flags", 0, (1 << 64) - 1),
         policy=fields.choice("policy", POLICIES),
+        batch=fields.optional_boolean("batch"),
+        poll_us=fields.optional_integer("poll_us", 0, MAX_POLL_US),
     )
 
 

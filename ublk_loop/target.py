@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 
 SECTOR_BYTES = 512
 PAGE_BYTES = mmap.PAGESIZE
-POLICIES = {"2014": lib.UL_POLICY_2014, "base": lib.UL_POLICY_BASE}
+POLICIES = {
+    "auto": lib.UL_POLICY_AUTO,
+    "2014": lib.UL_POLICY_2014,
+    "base": lib.UL_POLICY_BASE,
+}
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
@@ -166,7 +170,8 @@ class Target:
 class NativeTarget:
     """A target as the data plane sees it; one a device. Owns the ``ul_target`` handle.
 
-    :param policy: ``2014`` (reads concurrently, writes in order) or ``base`` (all in order).
+    :param policy: ``2014`` (reads concurrently, writes in order), ``base`` (all in order) or
+        ``auto`` (at once what cannot block, else as ``2014``).
     :raises ValueError: an unknown policy.
     """
 
@@ -176,7 +181,7 @@ class NativeTarget:
         self._resources = contextlib.ExitStack()
         config = self._resources.enter_context(target._native_config())
         config.policy = POLICIES[policy]
-        config.flags = lib.UL_TARGET_READ_ONLY if target.read_only else 0
+        config.flags |= lib.UL_TARGET_READ_ONLY if target.read_only else 0
         handle = ffi.new("struct ul_target **")
         try:
             check(lib.ul_target_create(config, handle), f"target {target.name}")
@@ -268,7 +273,8 @@ class LoopTarget(Target):
     :param offset_bytes: where the device begins in the file; a multiple of 512.
     :param nr_bytes: the device's length; default: to the end of the file. What does not fill a
         logical block is left out.
-    :param direct: O_DIRECT or the page cache; default: O_DIRECT where the file takes it.
+    :param direct: O_DIRECT or the page cache; default: the page cache for a regular file, O_DIRECT
+        for a block device that takes it.
     :param read_only: open for reading only; the device is read-only too.
     :raises BackingFileError: ENOENT, EACCES, EROFS, EISDIR, ..., EBUSY (another server holds it),
         EINVAL (too small, or O_DIRECT demanded and refused).
@@ -337,6 +343,12 @@ class LoopTarget(Target):
         config.kind = lib.UL_TARGET_LOOP
         config.fd = self._fd
         config.offset_bytes = self.offset_bytes
+        config.dev_nr_bytes = self.size
+        if self.direct:
+            config.flags = lib.UL_TARGET_DIRECT
+        elif self.size <= os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES:
+            # What cannot be resident as a whole is not worth its page tables (1/512 of it).
+            config.flags = lib.UL_TARGET_MAP
         yield config
 
     def _lock_file(self) -> None:
@@ -352,7 +364,8 @@ class LoopTarget(Target):
         info = os.fstat(self._fd)
         self._is_block = stat.S_ISBLK(info.st_mode)
         file_bs = _ioctl_u32(self._fd, _BLKSSZGET) if self._is_block else SECTOR_BYTES
-        direct_bs = self._find_direct_bs(file_bs) if direct is not False else None
+        use_direct = self._is_block if direct is None else direct
+        direct_bs = self._find_direct_bs(file_bs) if use_direct else None
         if direct_bs is None and direct:
             raise BackingFileError(
                 errno.EINVAL, self.path, "it does not take direct I/O here: use --buffered_io"
@@ -452,4 +465,3 @@ def _open_backing(path: str, read_only: bool) -> int:
 
 
 __all__ = ["POLICIES", "LoopTarget", "NativeTarget", "NullTarget", "RamTarget", "Target"]
-

@@ -45,7 +45,7 @@ def test_add_of_a_file_asks_for_the_reference_servers_defaults(requests: list[Re
     assert (request.options.nr_hw_queues, request.options.queue_depth) == (1, 128)
     assert request.options.max_io_buf_bytes == 524288
     assert request.options.flags == 0
-    assert request.options.policy == "2014"
+    assert request.options.policy == "auto"
     assert request.spec.type == "loop"
     assert request.spec.path == "/srv/d.img"
     assert (request.spec.offset_bytes, request.spec.nr_bytes) == (0, None)
@@ -88,7 +88,6 @@ def test_add_takes_the_reference_servers_long_options_with_either_dash(
         ("-i 1", uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE),
         ("-e 1", uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_FAIL_IO),
         ("-z", uapi.UBLK_F_SUPPORT_ZERO_COPY),
-        ("-b", uapi.UBLK_F_BATCH_IO),
         ("--usercopy", uapi.UBLK_F_USER_COPY),
         ("--unprivileged", uapi.UBLK_F_UNPRIVILEGED_DEV),
         ("-u 0 -g 0 -r 0 -i 0 -e 0", 0),
@@ -160,7 +159,7 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         "add -t null --max_io_buf_bytes 4095",
         "add -t null --max_io_buf_bytes 5000",
         "add -t null --max_io_buf_bytes 33558528",
-        "add -t null --policy auto",
+        "add -t null --policy 2015",
         "add -t loop -f /srv/d.img -o -1",
         "add -t loop -f /srv/d.img -o 18014398509481984",
         "add -t null --shmem_zc",

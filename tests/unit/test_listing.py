@@ -114,7 +114,7 @@ def test_device_document_is_json_and_holds_what_the_text_holds() -> None:
     assert document["flag_names"] == ["USER_RECOVERY", "CMD_IOCTL_ENCODE"]
     assert document["queues"][1] == {"q_id": 1, "tid": 1236, "affinity": [1, 3]}
     assert document["target"]["backing_file"] == "/srv/d.img"
-    assert document["policy"] == "2014"
+    assert document["policy"] == "auto"
 
 
 def test_device_document_of_another_server_has_no_queues_and_no_target() -> None:

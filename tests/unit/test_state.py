@@ -189,7 +189,7 @@ def test_parse_refuses_an_unknown_and_a_missing_member(where: tuple[str | int, .
         (("options", "queue_depth"), 4097),
         (("options", "nr_hw_queues"), 0),
         (("options", "flags"), 1 << 64),
-        (("options", "policy"), "auto"),
+        (("options", "policy"), "2015"),
         (("spec", "type"), "nbd"),
         (("spec", "path"), "relative.img"),
         (("spec", "path"), "/a\0b"),

@@ -5,15 +5,25 @@
  * One thread prepares and runs a hctx: it made the ring, so by the driver's
  * rule (without BATCH_IO) it alone may commit what it fetched.  A round:
  *
- *   reap     every cqe that is there: a command's cqe is a request, io_desc
- *            [tag] says which; the target takes it (queue_rq, commit_rqs)
- *   collect  the done list, which workers fill, into commit sqes
- *   sleep    in io_uring_enter, which also submits those sqes
+ *   reap     every cqe that is there.  A fetched tag is a request, io_desc
+ *            [tag] says which; the target does it, queues it, or has it done by
+ *            this ring (ul_target_queue_rq, then commit_rqs for the batch)
+ *   collect  the done list, which workers fill
+ *   wait     submit the commits and sleep in io_uring_enter, or spin before
+ *
+ * With UBLK_F_BATCH_IO one multishot command fetches all tags (their numbers
+ * come in provided buffers) and one command a round commits; without it each
+ * tag has a command of its own that does both.
  *
  * Done list: workers push with one atomic exchange of the head and write
  * wake_fd only if `sleeping` is set; the ring thread sets `sleeping`, looks at
  * the list once more, then sleeps.  Both sides use sequentially consistent
  * accesses, so one of the two sees the other (Dekker).
+ *
+ * Spinning: with IORING_SETUP_TASKRUN_FLAG the kernel says in shared memory
+ * that something waits for us, so a spin costs no system call and the client
+ * no wake-up.  It is done while the last waits were short (`wait_ns`, a moving
+ * average), so an idle device sleeps.
  *
  * A tag ends when its command completes with -ENODEV: the driver aborts, so it
  * is not fetched again.  The run is over when every tag has ended and every
@@ -31,12 +41,32 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "hctx.h"
 
-#define UD_WAKE		UINT64_MAX	/* user_data of the poll on wake_fd */
-#define CDEV_INDEX	0		/* /dev/ublkcN in the file table */
+/* The ring's file table. */
+#define CDEV_INDEX	0		/* /dev/ublkcN */
+#define BACKING_INDEX	1		/* the target's file, if it has one */
+
+/* user_data: what completed, and for which tag. */
+enum hctx_cqe {
+	CQE_CMD,			/* a tag's own fetch or commit */
+	CQE_ASYNC,			/* I/O on the backing file */
+	CQE_WAKE,			/* the poll on wake_fd */
+	CQE_FETCH,			/* BATCH_IO: tags */
+	CQE_COMMIT,			/* BATCH_IO: how much was committed */
+};
+#define UD(kind, value)	((uint64_t)(kind) << 32 | (value))
+
+/* BATCH_IO: the driver fills one buffer a cqe, 128 tags at the most. */
+#define FETCH_TAGS	128
+#define FETCH_BUFS_MAX	256
+#define FETCH_GROUP	0
+
+/* A spin looks at the clock once in so many pauses. */
+#define SPIN_PAUSES	32
 
 /* Lives from ul_hctx_create() to ul_hctx_destroy().
  * I: set at create.  P: set by prepare, undone as run returns.
@@ -54,13 +84,32 @@ struct ul_hctx {
 	bool			ring_made;	/* P */
 	const struct ublksrv_io_desc *descs;	/* P: driver's, read-only */
 	struct ul_plug		plug;		/* R: this batch's writes */
-	unsigned int		nr_fetched;	/* R: tags not yet ended */
+	unsigned int		nr_fetched;	/* R: commands that fetch */
+	char			*elems;		/* I: owned, BATCH_IO's commits */
+	unsigned int		elem_bytes;	/* I: header, address if copied */
+	unsigned int		nr_elems;	/* R: in elems, not yet queued */
+	struct io_uring_buf_ring *fetch_ring;	/* P: owned, see FETCH_TAGS */
+	uint16_t		*fetch_bufs;	/* P: owned, behind fetch_ring */
+	unsigned int		nr_fetch_bufs;	/* I: a power of two */
+	uint64_t		spin_ns;	/* I: longest spin; 0: none */
+	uint64_t		wait_ns;	/* R: moving average of waits */
 	int			fault;		/* R: first unexpected result */
 	struct ul_hctx_stats	stats;		/* R, but read by all */
 	_Atomic(struct ul_request *) done;	/* A: newest first */
 	atomic_bool		sleeping;	/* A */
 	atomic_bool		stopping;	/* A */
 };
+
+/* Of one element of PREP_IO_CMDS and COMMIT_IO_CMDS. */
+struct hctx_elem {
+	struct ublk_elem_header	header;
+	uint64_t		addr;		/* only in copy mode */
+};
+
+static bool hctx_is_batch(const struct ul_hctx *h)
+{
+	return h->config.dev_flags & UBLK_F_BATCH_IO;
+}
 
 static size_t page_round_up(size_t nr_bytes)
 {
@@ -93,7 +142,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	struct ul_hctx *h;
 	int ret = -ENOMEM;
 
-	if (!config->queue_depth || config->queue_depth > UBLK_MAX_QUEUE_DEPTH ||
+	if (!config->queue_depth ||
+	    config->queue_depth > UBLK_MAX_QUEUE_DEPTH ||
 	    !config->max_io_buf_bytes)
 		return -EINVAL;
 	h = calloc(1, sizeof(*h));
@@ -103,12 +153,21 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	h->target = target;
 	h->wq = wq;
 	ul_plug_init(&h->plug);
+	h->spin_ns = config->poll_us * 1000ULL;
+	h->elem_bytes = sizeof(struct ublk_elem_header);
+	if (!(config->dev_flags & UBLK_F_USER_COPY))
+		h->elem_bytes = sizeof(struct hctx_elem);
+	h->nr_fetch_bufs = 1;
+	while (h->nr_fetch_bufs < config->queue_depth &&
+	       h->nr_fetch_bufs < FETCH_BUFS_MAX)
+		h->nr_fetch_bufs *= 2;
+	h->elems = calloc(config->queue_depth, h->elem_bytes);
 	h->requests = calloc(config->queue_depth, sizeof(*h->requests));
-	if (!h->requests)
-		goto free_hctx;
+	if (!h->elems || !h->requests)
+		goto free_requests;
 	/* Pages come with the first request that touches them. */
-	h->arena_bytes = page_round_up(config->max_io_buf_bytes) *
-			 config->queue_depth;
+	h->arena_bytes =
+		page_round_up(config->max_io_buf_bytes) * config->queue_depth;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
@@ -126,7 +185,7 @@ unmap_arena:
 	munmap(h->arena, h->arena_bytes);
 free_requests:
 	free(h->requests);
-free_hctx:
+	free(h->elems);
 	free(h);
 	return ret;
 }
@@ -138,6 +197,7 @@ void ul_hctx_destroy(struct ul_hctx *h)
 	close(h->wake_fd);
 	munmap(h->arena, h->arena_bytes);
 	free(h->requests);
+	free(h->elems);
 	free(h);
 }
 
@@ -171,7 +231,7 @@ static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 
 	cmd = ublk_sqe_prep(sqe, CDEV_INDEX, opcode, sizeof(*cmd));
 	sqe->flags = IOSQE_FIXED_FILE;
-	sqe->user_data = req->tag;
+	sqe->user_data = UD(CQE_CMD, req->tag);
 	cmd->q_id = h->config.q_id;
 	cmd->tag = req->tag;
 	cmd->result = req->res;
@@ -183,7 +243,92 @@ static void hctx_poll_wake_fd(struct ul_hctx *h)
 	struct io_uring_sqe *sqe = hctx_get_sqe(h);
 
 	io_uring_prep_poll_multishot(sqe, h->wake_fd, POLLIN);
-	sqe->user_data = UD_WAKE;
+	sqe->user_data = UD(CQE_WAKE, 0);
+}
+
+static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
+{
+	struct io_uring_sqe *sqe = hctx_get_sqe(h);
+	uint64_t pos = ul_target_pos(h->target, req);
+
+	if (req->op == UBLK_IO_OP_READ)
+		io_uring_prep_read(sqe, BACKING_INDEX, req->buffer,
+				   req->nr_bytes, pos);
+	else
+		io_uring_prep_write(sqe, BACKING_INDEX, req->buffer,
+				    req->nr_bytes, pos);
+	sqe->flags |= IOSQE_FIXED_FILE;
+	sqe->user_data = UD(CQE_ASYNC, req->tag);
+	h->stats.nr_async++;
+}
+
+/* ---- sqes of UBLK_F_BATCH_IO ---- */
+
+static struct io_uring_sqe *hctx_batch_sqe(struct ul_hctx *h, uint32_t opcode,
+					   unsigned int nr_elem,
+					   unsigned int elem_bytes)
+{
+	struct io_uring_sqe *sqe = hctx_get_sqe(h);
+	struct ublk_batch_io *cmd;
+
+	cmd = ublk_sqe_prep(sqe, CDEV_INDEX, opcode, sizeof(*cmd));
+	sqe->flags = IOSQE_FIXED_FILE;
+	cmd->q_id = h->config.q_id;
+	cmd->nr_elem = nr_elem;
+	cmd->elem_bytes = elem_bytes;
+	return sqe;
+}
+
+static void hctx_add_elem(struct ul_hctx *h, const struct ul_request *req)
+{
+	struct hctx_elem *elem;
+
+	/* What was queued from elems must be in the kernel before it changes. */
+	if (!h->nr_elems && io_uring_sq_ready(&h->ring))
+		io_uring_submit(&h->ring);
+	elem = (struct hctx_elem *)(h->elems + h->nr_elems++ * h->elem_bytes);
+	elem->header.tag = req->tag;
+	elem->header.buf_index = 0;
+	elem->header.result = req->res;
+	if (h->elem_bytes == sizeof(*elem))
+		elem->addr = hctx_buffer_addr(h, req);
+}
+
+/* PREP or COMMIT what is in elems. */
+static void hctx_queue_elems(struct ul_hctx *h, uint32_t opcode)
+{
+	struct io_uring_sqe *sqe;
+
+	if (!h->nr_elems)
+		return;
+	sqe = hctx_batch_sqe(h, opcode, h->nr_elems, h->elem_bytes);
+	sqe->addr = (uint64_t)(uintptr_t)h->elems;
+	sqe->len = h->nr_elems * h->elem_bytes;
+	sqe->user_data = UD(CQE_COMMIT, sqe->len);
+	if (h->elem_bytes == sizeof(struct hctx_elem))
+		((struct ublk_batch_io *)sqe->cmd)->flags =
+			UBLK_BATCH_F_HAS_BUF_ADDR;
+	h->nr_elems = 0;
+}
+
+static void hctx_queue_fetch(struct ul_hctx *h)
+{
+	struct io_uring_sqe *sqe;
+
+	sqe = hctx_batch_sqe(h, UBLK_U_IO_FETCH_IO_CMDS, FETCH_TAGS,
+			     sizeof(uint16_t));
+	sqe->rw_flags = UBLK_URING_CMD_MULTISHOT;
+	sqe->buf_group = FETCH_GROUP;
+	sqe->flags |= IOSQE_BUFFER_SELECT;
+	sqe->user_data = UD(CQE_FETCH, 0);
+}
+
+static void hctx_provide_fetch_buf(struct ul_hctx *h, unsigned int index)
+{
+	io_uring_buf_ring_add(h->fetch_ring, h->fetch_bufs + index * FETCH_TAGS,
+			      FETCH_TAGS * sizeof(uint16_t), index,
+			      io_uring_buf_ring_mask(h->nr_fetch_bufs), 0);
+	io_uring_buf_ring_advance(h->fetch_ring, 1);
 }
 
 /* ---- prepare ---- */
@@ -192,17 +337,19 @@ static int hctx_make_ring(struct ul_hctx *h)
 {
 	/* Best first; a kernel that lacks a flag says -EINVAL. */
 	static const unsigned int setups[] = {
-		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
-		IORING_SETUP_COOP_TASKRUN,
+		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+			IORING_SETUP_TASKRUN_FLAG,
+		IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
 		0,
 	};
-	unsigned int nr_entries = h->config.queue_depth + 1;
+	int files[] = { h->config.cdev_fd, ul_target_fd(h->target) };
+	unsigned int nr_entries = h->config.queue_depth + 4;
 	int ret = -EINVAL;
 
 	for (size_t i = 0; ret == -EINVAL && i < 3; i++) {
 		struct io_uring_params p = {
 			.flags = setups[i] | IORING_SETUP_CQSIZE,
-			.cq_entries = nr_entries + 1,
+			.cq_entries = 2 * nr_entries,
 		};
 
 		ret = io_uring_queue_init_params(nr_entries, &h->ring, &p);
@@ -211,7 +358,42 @@ static int hctx_make_ring(struct ul_hctx *h)
 		return ret;
 	h->ring_made = true;
 	io_uring_register_ring_fd(&h->ring);	/* only saves time */
-	return io_uring_register_files(&h->ring, &h->config.cdev_fd, 1);
+	return io_uring_register_files(&h->ring, files, 2);
+}
+
+static size_t hctx_fetch_ring_bytes(const struct ul_hctx *h)
+{
+	return page_round_up(h->nr_fetch_bufs * sizeof(struct io_uring_buf));
+}
+
+static size_t hctx_fetch_bytes(const struct ul_hctx *h)
+{
+	return hctx_fetch_ring_bytes(h) +
+	       h->nr_fetch_bufs * FETCH_TAGS * sizeof(uint16_t);
+}
+
+static int hctx_make_fetch_bufs(struct ul_hctx *h)
+{
+	struct io_uring_buf_reg reg = {
+		.ring_entries = h->nr_fetch_bufs,
+		.bgid = FETCH_GROUP,
+	};
+	void *memory = mmap(NULL, hctx_fetch_bytes(h), PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int ret;
+
+	if (memory == MAP_FAILED)
+		return -errno;
+	h->fetch_ring = memory;
+	h->fetch_bufs = (void *)((char *)memory + hctx_fetch_ring_bytes(h));
+	reg.ring_addr = (uint64_t)(uintptr_t)memory;
+	ret = io_uring_register_buf_ring(&h->ring, &reg, 0);
+	if (ret)
+		return ret;
+	io_uring_buf_ring_init(h->fetch_ring);
+	for (unsigned int i = 0; i < h->nr_fetch_bufs; i++)
+		hctx_provide_fetch_buf(h, i);
+	return 0;
 }
 
 static size_t hctx_descs_bytes(const struct ul_hctx *h)
@@ -244,6 +426,42 @@ static void hctx_unprepare(struct ul_hctx *h)
 	if (h->ring_made)
 		io_uring_queue_exit(&h->ring);
 	h->ring_made = false;
+	if (h->fetch_ring)
+		munmap(h->fetch_ring, hctx_fetch_bytes(h));
+	h->fetch_ring = NULL;
+}
+
+/* Every tag is ours to serve from here on. */
+static int hctx_fetch_all(struct ul_hctx *h)
+{
+	struct io_uring_cqe *cqe;
+	int ret;
+
+	if (!hctx_is_batch(h)) {
+		for (unsigned int tag = 0; tag < h->config.queue_depth; tag++)
+			hctx_queue_cmd(h, &h->requests[tag],
+				       UBLK_U_IO_FETCH_REQ);
+		h->nr_fetched = h->config.queue_depth;
+		return 0;
+	}
+	ret = hctx_make_fetch_bufs(h);
+	if (ret)
+		return ret;
+	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++)
+		hctx_add_elem(h, &h->requests[tag]);
+	hctx_queue_elems(h, UBLK_U_IO_PREP_IO_CMDS);
+	ret = io_uring_submit_and_wait(&h->ring, 1);
+	if (ret >= 0)
+		ret = io_uring_peek_cqe(&h->ring, &cqe);
+	if (ret)
+		return ret;
+	ret = cqe->res;
+	io_uring_cqe_seen(&h->ring, cqe);
+	if (ret)
+		return ret;
+	hctx_queue_fetch(h);
+	h->nr_fetched = 1;
+	return 0;
 }
 
 static void hctx_init_thread(struct ul_hctx *h)
@@ -251,6 +469,7 @@ static void hctx_init_thread(struct ul_hctx *h)
 	sigset_t all;
 
 	sigfillset(&all);
+	sigdelset(&all, SIGBUS);	/* map.c takes it */
 	pthread_sigmask(SIG_SETMASK, &all, NULL);
 	/* Or reclaim could wait for this very device.  Unprivileged: EPERM. */
 	prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
@@ -268,13 +487,13 @@ int ul_hctx_prepare(struct ul_hctx *h)
 	ret = hctx_map_descs(h);
 	if (ret)
 		goto fail;
+	ret = hctx_fetch_all(h);
+	if (ret)
+		goto fail;
 	hctx_poll_wake_fd(h);
-	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++)
-		hctx_queue_cmd(h, &h->requests[tag], UBLK_U_IO_FETCH_REQ);
 	ret = io_uring_submit(&h->ring);
 	if (ret < 0)
 		goto fail;
-	h->nr_fetched = h->config.queue_depth;
 	return 0;
 fail:
 	hctx_unprepare(h);
@@ -283,20 +502,21 @@ fail:
 
 /* ---- the data of UBLK_F_USER_COPY ---- */
 
-static int hctx_user_copy(struct ul_request *req, bool in)
+/* All of a request's data, between its pages and its buffer. */
+static int hctx_user_copy(struct ul_request *req)
 {
 	const struct ul_hctx *h = req->hctx;
 	uint64_t pos = ublk_user_copy_pos(h->config.q_id, req->tag, 0);
+	char *buffer = req->buffer;
 	uint64_t done = 0;
 	ssize_t n;
 
 	while (done < req->nr_bytes) {
-		if (in)
-			n = pread(h->config.cdev_fd, (char *)req->buffer + done,
+		if (req->op == UBLK_IO_OP_WRITE)
+			n = pread(h->config.cdev_fd, buffer + done,
 				  req->nr_bytes - done, pos + done);
 		else
-			n = pwrite(h->config.cdev_fd,
-				   (char *)req->buffer + done,
+			n = pwrite(h->config.cdev_fd, buffer + done,
 				   req->nr_bytes - done, pos + done);
 		if (n > 0)
 			done += n;
@@ -313,7 +533,7 @@ int ul_hctx_copy_in(struct ul_request *req)
 	if (req->op != UBLK_IO_OP_WRITE ||
 	    !(req->hctx->config.dev_flags & UBLK_F_USER_COPY))
 		return 0;
-	return hctx_user_copy(req, true);
+	return hctx_user_copy(req);
 }
 
 int ul_hctx_copy_out(struct ul_request *req)
@@ -321,7 +541,7 @@ int ul_hctx_copy_out(struct ul_request *req)
 	if (req->op != UBLK_IO_OP_READ ||
 	    !(req->hctx->config.dev_flags & UBLK_F_USER_COPY))
 		return 0;
-	return hctx_user_copy(req, false);
+	return hctx_user_copy(req);
 }
 
 /* ---- run ---- */
@@ -371,7 +591,10 @@ static void hctx_commit(struct ul_hctx *h, struct ul_request *req)
 	h->stats.nr_inflight--;
 	if (req->res < 0)
 		h->stats.nr_errors++;
-	hctx_queue_cmd(h, req, UBLK_U_IO_COMMIT_AND_FETCH_REQ);
+	if (hctx_is_batch(h))
+		hctx_add_elem(h, req);
+	else
+		hctx_queue_cmd(h, req, UBLK_U_IO_COMMIT_AND_FETCH_REQ);
 }
 
 static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
@@ -384,25 +607,23 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 	req->offset_bytes = desc->start_sector << 9;
 	h->stats.nr_inflight++;
 	hctx_count(h, req);
-	if (ul_target_queue_rq(h->target, h->wq, &h->plug, req))
+	switch (ul_target_queue_rq(h->target, h->wq, &h->plug, req)) {
+	case UL_RQ_DONE:
+		h->stats.nr_inline++;
 		hctx_commit(h, req);
+		break;
+	case UL_RQ_ASYNC:
+		hctx_queue_async(h, req);
+		break;
+	case UL_RQ_QUEUED:
+		break;
+	}
 }
 
-static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
+/* A tag's own command: its next request, or its end. */
+static void hctx_handle_cmd(struct ul_hctx *h, struct ul_request *req, int res)
 {
-	struct ul_request *req;
-	uint64_t count;
-
-	if (cqe->user_data == UD_WAKE) {
-		if (read(h->wake_fd, &count, sizeof(count)) < 0 &&
-		    errno != EAGAIN)
-			h->fault = -errno;
-		if (!(cqe->flags & IORING_CQE_F_MORE))
-			hctx_poll_wake_fd(h);
-		return;
-	}
-	req = &h->requests[cqe->user_data];
-	switch (cqe->res) {
+	switch (res) {
 	case UBLK_IO_RES_OK:
 		hctx_handle_request(h, req);
 		break;
@@ -411,8 +632,81 @@ static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		break;
 	default:
 		h->nr_fetched--;
-		if (cqe->res != UBLK_IO_RES_ABORT && !h->fault)
-			h->fault = cqe->res;
+		if (res != UBLK_IO_RES_ABORT && !h->fault)
+			h->fault = res;
+	}
+}
+
+static void hctx_handle_fetch(struct ul_hctx *h, const struct io_uring_cqe *cqe)
+{
+	unsigned int index = cqe->flags >> IORING_CQE_BUFFER_SHIFT;
+	const uint16_t *tags = h->fetch_bufs + index * FETCH_TAGS;
+
+	for (int i = 0; i < cqe->res / (int)sizeof(*tags); i++)
+		hctx_handle_request(h, &h->requests[tags[i]]);
+	if (cqe->flags & IORING_CQE_F_BUFFER)
+		hctx_provide_fetch_buf(h, index);
+	if (cqe->flags & IORING_CQE_F_MORE)
+		return;
+	if (cqe->res >= 0 || cqe->res == -ENOBUFS) {
+		hctx_queue_fetch(h);
+		return;
+	}
+	h->nr_fetched--;
+	if (cqe->res != UBLK_IO_RES_ABORT && !h->fault)
+		h->fault = cqe->res;
+}
+
+/* Short or refused for now: the workqueue does all of it again, and waits. */
+static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
+			      int res)
+{
+	if (res == -EAGAIN || res == -EINTR ||
+	    (res >= 0 && res < (int)req->nr_bytes)) {
+		ul_target_queue_work(h->target, h->wq, &h->plug, req);
+		return;
+	}
+	req->res = res;
+	if (res >= 0) {
+		int ret = ul_hctx_copy_out(req);
+
+		if (ret)
+			req->res = ret;
+	}
+	hctx_commit(h, req);
+}
+
+static void hctx_handle_wake(struct ul_hctx *h, const struct io_uring_cqe *cqe)
+{
+	uint64_t count;
+
+	if (read(h->wake_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
+		h->fault = -errno;
+	if (!(cqe->flags & IORING_CQE_F_MORE))
+		hctx_poll_wake_fd(h);
+}
+
+static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
+{
+	uint32_t value = cqe->user_data;
+
+	switch ((enum hctx_cqe)(cqe->user_data >> 32)) {
+	case CQE_CMD:
+		hctx_handle_cmd(h, &h->requests[value], cqe->res);
+		break;
+	case CQE_ASYNC:
+		hctx_handle_async(h, &h->requests[value], cqe->res);
+		break;
+	case CQE_WAKE:
+		hctx_handle_wake(h, cqe);
+		break;
+	case CQE_FETCH:
+		hctx_handle_fetch(h, cqe);
+		break;
+	case CQE_COMMIT:
+		/* The driver takes every element that it gave us the tag of. */
+		if (cqe->res != (int)value && !h->fault)
+			h->fault = cqe->res < 0 ? cqe->res : -EPROTO;
 	}
 }
 
@@ -444,24 +738,80 @@ static unsigned int hctx_collect(struct ul_hctx *h)
 	return nr;
 }
 
+static bool hctx_has_news(struct ul_hctx *h)
+{
+	return io_uring_cq_ready(&h->ring) ||
+	       IO_URING_READ_ONCE(*h->ring.sq.kflags) & IORING_SQ_TASKRUN ||
+	       atomic_load_explicit(&h->done, memory_order_acquire);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
+}
+
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
+
+/* True: something came. */
+static bool hctx_spin(struct ul_hctx *h, uint64_t until_ns)
+{
+	do {
+		for (int i = 0; i < SPIN_PAUSES; i++) {
+			if (hctx_has_news(h))
+				return true;
+			cpu_relax();
+		}
+	} while (now_ns() < until_ns);
+	return false;
+}
+
 static int hctx_sleep(struct ul_hctx *h)
 {
 	int ret;
 
 	atomic_store(&h->sleeping, true);
 	if (atomic_load(&h->done)) {
-		atomic_store(&h->sleeping, false);
 		ret = io_uring_submit_and_get_events(&h->ring);
 	} else {
 		h->stats.nr_sleeps++;
 		ret = io_uring_submit_and_wait(&h->ring, 1);
-		atomic_store(&h->sleeping, false);
 	}
-	/* Signals are blocked, yet a freezer or a debugger interrupts; a full
-	 * cq (-EBUSY) and short memory (-EAGAIN) pass once cqes are reaped. */
-	if (ret == -EINTR || ret == -EBUSY || ret == -EAGAIN)
-		return 0;
-	return ret < 0 ? ret : 0;
+	atomic_store(&h->sleeping, false);
+	return ret;
+}
+
+/* Submit, then spin or sleep until there is something to reap or collect. */
+static int hctx_wait(struct ul_hctx *h)
+{
+	uint64_t begin_ns, waited_ns;
+	int ret = 0;
+
+	if (!h->spin_ns)
+		return hctx_sleep(h);
+	if (io_uring_sq_ready(&h->ring))
+		ret = io_uring_submit_and_get_events(&h->ring);
+	if (ret < 0 || io_uring_cq_ready(&h->ring))
+		return ret;
+	begin_ns = now_ns();
+	if (h->wait_ns <= h->spin_ns && hctx_spin(h, begin_ns + h->spin_ns))
+		ret = io_uring_get_events(&h->ring);
+	else
+		ret = hctx_sleep(h);
+	waited_ns = now_ns() - begin_ns;
+	if (waited_ns > 8 * h->spin_ns)
+		waited_ns = 8 * h->spin_ns;
+	h->wait_ns += ((int64_t)waited_ns - (int64_t)h->wait_ns) / 8;
+	return ret;
 }
 
 static bool hctx_is_over(const struct ul_hctx *h)
@@ -478,11 +828,15 @@ int ul_hctx_run(struct ul_hctx *h)
 	if (!h->ring_made)
 		return -EINVAL;
 	while (!hctx_is_over(h)) {
-		ret = hctx_sleep(h);
-		if (ret && !h->fault)
+		ret = hctx_wait(h);
+		/* Signals are blocked, yet a freezer or a debugger interrupts;
+		 * a full cq (-EBUSY) and short memory (-EAGAIN) pass. */
+		if (ret < 0 && ret != -EINTR && ret != -EBUSY &&
+		    ret != -EAGAIN && !h->fault)
 			h->fault = ret;
 		hctx_reap(h);
 		hctx_collect(h);
+		hctx_queue_elems(h, UBLK_U_IO_COMMIT_IO_CMDS);
 	}
 	io_uring_submit(&h->ring);	/* the last commits */
 	hctx_unprepare(h);

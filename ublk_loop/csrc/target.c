@@ -9,6 +9,13 @@
  * lock), so running them concurrently would only cost switches.  Policy `base`
  * sends reads down the same list: the loop driver before that commit.
  *
+ * Policy `auto` asks first what can be done without blocking.  What is resident
+ * of a file of the page cache is copied from or to its mapping (map.c).  What is
+ * not is read by the hctx's ring (UL_RQ_ASYNC) if the file system can do that
+ * without one of io_uring's own threads (FMODE_NOWAIT), else inline (tmpfs).
+ * Direct I/O is the ring's both ways.  Writes that allocate or read first,
+ * flushes and discards go the way of 2014.
+ *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
  *
@@ -27,6 +34,7 @@
 #include <unistd.h>
 
 #include "hctx.h"
+#include "map.h"
 #include "target.h"
 
 #define container_of(ptr, type, member) \
@@ -48,21 +56,51 @@ struct ul_target {
 	bool			write_started;	/* O */
 	struct ul_request	*writing;	/* W: taken, not yet run */
 	struct ul_request	*current;	/* W: Python has it */
+	struct ul_map		*map;		/* I: owned; NULL: not mapped */
+	bool			has_nowait;	/* I: see queue_auto */
 };
 
 static int target_write_work(struct ul_work *work);
+
+/* Whether the file system can say -EAGAIN (FMODE_NOWAIT). */
+static bool target_probe_nowait(const struct ul_target *t)
+{
+	char page[4096] __attribute__((aligned(4096)));
+	struct iovec iov = { page, sizeof(page) };
+
+	return preadv2(t->config.fd, &iov, 1, 0, RWF_NOWAIT) >= 0 ||
+	       errno != EOPNOTSUPP;
+}
+
+static int target_init_loop(struct ul_target *t)
+{
+	t->has_nowait = target_probe_nowait(t);
+	if (!(t->config.flags & UL_TARGET_MAP))
+		return 0;
+	return ul_map_create(t->config.fd, t->config.offset_bytes,
+			     t->config.dev_nr_bytes,
+			     t->config.flags & UL_TARGET_READ_ONLY, &t->map);
+}
 
 int ul_target_create(const struct ul_target_config *config,
 		     struct ul_target **target)
 {
 	struct ul_target *t;
+	int ret;
 
-	if (config->kind > UL_TARGET_PYTHON || config->policy > UL_POLICY_BASE)
+	if (config->kind > UL_TARGET_PYTHON || config->policy > UL_POLICY_AUTO)
 		return -EINVAL;
 	t = calloc(1, sizeof(*t));
 	if (!t)
 		return -ENOMEM;
 	t->config = *config;
+	if (config->kind == UL_TARGET_LOOP) {
+		ret = target_init_loop(t);
+		if (ret) {
+			free(t);
+			return ret;
+		}
+	}
 	pthread_mutex_init(&t->ordered_lock, NULL);
 	ul_plug_init(&t->ordered);
 	ul_work_init(&t->write_work, target_write_work, config->cookie);
@@ -74,6 +112,7 @@ void ul_target_destroy(struct ul_target *t)
 {
 	if (!t)
 		return;
+	ul_map_destroy(t->map);
 	pthread_mutex_destroy(&t->ordered_lock);
 	free(t);
 }
@@ -181,17 +220,29 @@ static int32_t loop_fallocate(const struct ul_target *t, int mode,
 	return 0;
 }
 
+static int32_t loop_discard(const struct ul_target *t,
+			    const struct ul_request *req)
+{
+	int32_t res = loop_fallocate(t, FALLOC_FL_PUNCH_HOLE, req);
+
+	if (t->map)
+		ul_map_forget(t->map, req->offset_bytes, req->nr_bytes);
+	return res;
+}
+
 static int32_t loop_write_zeroes(const struct ul_target *t,
 				 const struct ul_request *req)
 {
 	bool keep = req->op_flags & UBLK_IO_F_NOUNMAP;
 	int32_t res;
 
-	res = loop_fallocate(t, keep ? FALLOC_FL_ZERO_RANGE :
-			     FALLOC_FL_PUNCH_HOLE, req);
+	res = loop_fallocate(
+		t, keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE, req);
 	if (res == -EOPNOTSUPP)
 		res = loop_write_from(t, zeroes, ZEROES_BYTES,
 				      req->offset_bytes, req->nr_bytes, 0);
+	if (t->map)
+		ul_map_forget(t->map, req->offset_bytes, req->nr_bytes);
 	if (!res && req->op_flags & UBLK_IO_F_FUA)
 		res = loop_flush(t);
 	return res;
@@ -207,7 +258,7 @@ static int32_t loop_execute(const struct ul_target *t, struct ul_request *req)
 	case UBLK_IO_OP_FLUSH:
 		return loop_flush(t);
 	case UBLK_IO_OP_DISCARD:
-		return loop_fallocate(t, FALLOC_FL_PUNCH_HOLE, req);
+		return loop_discard(t, req);
 	case UBLK_IO_OP_WRITE_ZEROES:
 		return loop_write_zeroes(t, req);
 	default:
@@ -224,7 +275,7 @@ static int request_run(struct ul_target *t, struct ul_request *req,
 	int ret;
 
 	if (!req->attending) {
-		ret = ul_hctx_copy_in(req);
+		ret = req->copied_in ? 0 : ul_hctx_copy_in(req);
 		if (ret) {
 			req->res = ret;
 		} else if (t->config.kind == UL_TARGET_PYTHON) {
@@ -292,8 +343,7 @@ static int target_write_work(struct ul_work *work)
 
 void ul_request_init(struct ul_request *req)
 {
-	ul_work_init(&req->work, target_read_work,
-		     req->target->config.cookie);
+	ul_work_init(&req->work, target_read_work, req->target->config.cookie);
 }
 
 static bool target_refuses(const struct ul_target *t,
@@ -303,23 +353,105 @@ static bool target_refuses(const struct ul_target *t,
 	       req->op != UBLK_IO_OP_READ && req->op != UBLK_IO_OP_FLUSH;
 }
 
-bool ul_target_queue_rq(struct ul_target *t, struct ul_workqueue *wq,
-			struct ul_plug *plug, struct ul_request *req)
+void ul_target_queue_work(struct ul_target *t, struct ul_workqueue *wq,
+			  struct ul_plug *plug, struct ul_request *req)
 {
+	if (req->op == UBLK_IO_OP_READ && t->config.policy != UL_POLICY_BASE)
+		ul_queue_work(wq, &req->work);
+	else
+		plug_add(plug, req);
+}
+
+int ul_target_fd(const struct ul_target *t)
+{
+	return t->config.kind == UL_TARGET_LOOP ? t->config.fd : -1;
+}
+
+uint64_t ul_target_pos(const struct ul_target *t, const struct ul_request *req)
+{
+	return t->config.offset_bytes + req->offset_bytes;
+}
+
+/* ---- policy auto ---- */
+
+static enum ul_rq_status auto_finish(struct ul_request *req, int32_t res)
+{
+	int ret = res < 0 ? res : ul_hctx_copy_out(req);
+
+	req->res = ret ? ret : res;
+	return UL_RQ_DONE;
+}
+
+static enum ul_rq_status auto_read(struct ul_target *t, struct ul_request *req)
+{
+	int32_t res = req->nr_bytes;
+
+	if (!t->map || !ul_map_read(t->map, req->offset_bytes, req->buffer,
+				    req->nr_bytes)) {
+		if (t->has_nowait)
+			return UL_RQ_ASYNC;
+		res = loop_read(t, req);
+	}
+	return auto_finish(req, res);
+}
+
+static enum ul_rq_status auto_write(struct ul_target *t, struct ul_request *req)
+{
+	if (req->op_flags & UBLK_IO_F_FUA)
+		return UL_RQ_QUEUED;
+	req->res = ul_hctx_copy_in(req);
+	if (req->res)
+		return UL_RQ_DONE;
+	req->copied_in = true;
+	if (t->map && ul_map_write(t->map, req->offset_bytes, req->buffer,
+				   req->nr_bytes)) {
+		req->res = req->nr_bytes;
+		return UL_RQ_DONE;
+	}
+	if (!t->has_nowait) {
+		req->res = loop_write(t, req);
+		return UL_RQ_DONE;
+	}
+	return t->config.flags & UL_TARGET_DIRECT ? UL_RQ_ASYNC : UL_RQ_QUEUED;
+}
+
+static enum ul_rq_status target_queue_auto(struct ul_target *t,
+					   struct ul_request *req)
+{
+	if (t->config.kind != UL_TARGET_LOOP)
+		return UL_RQ_QUEUED;
+	switch (req->op) {
+	case UBLK_IO_OP_READ:
+		return auto_read(t, req);
+	case UBLK_IO_OP_WRITE:
+		return auto_write(t, req);
+	default:
+		return UL_RQ_QUEUED;
+	}
+}
+
+enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
+				     struct ul_workqueue *wq,
+				     struct ul_plug *plug,
+				     struct ul_request *req)
+{
+	enum ul_rq_status status = UL_RQ_QUEUED;
+
+	req->copied_in = false;
 	if (target_refuses(t, req)) {
 		req->res = -EIO;
-		return true;
+		return UL_RQ_DONE;
 	}
 	if (t->config.kind == UL_TARGET_NULL) {
 		/* A discard's length may not fit a result; 0 says as much. */
 		req->res = ul_op_has_data(req->op) ? (int32_t)req->nr_bytes : 0;
-		return true;
+		return auto_finish(req, req->res);
 	}
-	if (req->op == UBLK_IO_OP_READ && t->config.policy == UL_POLICY_2014)
-		ul_queue_work(wq, &req->work);
-	else
-		plug_add(plug, req);
-	return false;
+	if (t->config.policy == UL_POLICY_AUTO)
+		status = target_queue_auto(t, req);
+	if (status == UL_RQ_QUEUED)
+		ul_target_queue_work(t, wq, plug, req);
+	return status;
 }
 
 void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,

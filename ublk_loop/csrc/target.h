@@ -30,7 +30,15 @@ struct ul_request {
 	int32_t			res;		/* W: bytes or -errno */
 	uint16_t		tag;		/* I */
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
+	bool			copied_in;	/* W: a WRITE's data is in buffer */
 	bool			attending;	/* W: Python has it */
+};
+
+/* What became of a request that a target was given. */
+enum ul_rq_status {
+	UL_RQ_DONE,	/* req->res is set: commit it */
+	UL_RQ_QUEUED,	/* with the workqueue: ul_hctx_complete() will come */
+	UL_RQ_ASYNC,	/* buffer <-> file: the hctx's ring is to do it */
 };
 
 /* A hctx's writes of one batch, in order, on their way to the ordered list. */
@@ -46,9 +54,18 @@ static inline bool ul_op_has_data(uint8_t op)
 
 void ul_plug_init(struct ul_plug *plug);
 void ul_request_init(struct ul_request *req);
-/* Take a request.  True: it is done already and req->res is set. */
-bool ul_target_queue_rq(struct ul_target *target, struct ul_workqueue *wq,
-			struct ul_plug *plug, struct ul_request *req);
+enum ul_rq_status ul_target_queue_rq(struct ul_target *target,
+				     struct ul_workqueue *wq,
+				     struct ul_plug *plug,
+				     struct ul_request *req);
+/* As policy 2014 has it: what could not be done inline or by the ring. */
+void ul_target_queue_work(struct ul_target *target, struct ul_workqueue *wq,
+			  struct ul_plug *plug, struct ul_request *req);
+/* For UL_RQ_ASYNC: the file, or -1 where a target never asks for it; and the
+ * position in it. */
+int ul_target_fd(const struct ul_target *target);
+uint64_t ul_target_pos(const struct ul_target *target,
+		       const struct ul_request *req);
 /* The batch is over: let what was plugged begin. */
 void ul_target_commit_rqs(struct ul_target *target, struct ul_workqueue *wq,
 			  struct ul_plug *plug);

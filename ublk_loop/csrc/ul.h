@@ -150,10 +150,13 @@ enum {
 enum {
 	UL_POLICY_2014 = 0,	/* reads concurrently, writes in order */
 	UL_POLICY_BASE = 1,	/* everything in order, one at a time */
+	UL_POLICY_AUTO = 2,	/* inline if it cannot block, else as 2014 */
 };
 
 enum {
 	UL_TARGET_READ_ONLY = 1,
+	UL_TARGET_DIRECT = 2,	/* loop: fd is open for direct I/O */
+	UL_TARGET_MAP = 4,	/* loop: map the file, serve what is resident */
 };
 
 struct ul_target_config {
@@ -162,6 +165,7 @@ struct ul_target_config {
 	uint32_t	flags;		/* UL_TARGET_READ_ONLY */
 	int32_t		fd;		/* loop: the backing file, borrowed */
 	uint64_t	offset_bytes;	/* loop: the device's start in the file */
+	uint64_t	dev_nr_bytes;	/* loop: how much of it is mapped */
 	uint64_t	cookie;		/* python: handed out with each work */
 };
 
@@ -192,6 +196,7 @@ struct ul_hctx_config {
 	uint16_t	q_id;
 	uint16_t	queue_depth;
 	uint32_t	max_io_buf_bytes;
+	uint32_t	poll_us;	/* longest spin before sleeping; 0: none */
 	uint64_t	dev_flags;	/* UBLK_F_*, as the driver granted them */
 };
 
@@ -203,6 +208,8 @@ struct ul_hctx_stats {
 	uint64_t	nr_errors;
 	uint64_t	nr_batches;	/* rounds that reaped something */
 	uint64_t	nr_sleeps;
+	uint64_t	nr_inline;	/* done on the hctx's thread at once */
+	uint64_t	nr_async;	/* done by the hctx's own ring */
 	uint64_t	read_bytes;
 	uint64_t	write_bytes;
 	uint32_t	nr_inflight;

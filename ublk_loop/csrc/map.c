@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: MIT
+/*
+ * map.c - the resident part of a backing file, as memory.
+ *
+ * A file of the page cache is mapped, and a request whose pages are resident is
+ * one memcpy: no system call, where a pread costs four times the copy (2.0k
+ * against 0.5k instructions for 4 KiB of tmpfs, Linux 7.3, 2026-11-23).
+ *
+ * What must not happen is I/O in that memcpy, on the thread that serves a whole
+ * queue. mincore() tells, but costs as much as the pread, so its answers are
+ * kept: `resident` has a bit a page. They go stale as the kernel reclaims pages
+ * and then a copy blocks in a major fault; the thread's count of these is looked
+ * at every so often, and one is enough to forget all answers. Holes are never
+ * resident, so a read of one does not allocate it (tmpfs would).
+ *
+ * A fault that cannot be served (the file was cut, the disk is full, the disk
+ * is broken) is SIGBUS. Its handler leaves the memcpy, and the request goes the
+ * way of pread and pwrite, which say what is wrong. So nothing of the mapping
+ * is touched outside of map_copy().
+ *
+ * Durability is the file's: fdatasync() writes pages dirtied by mapping too.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "map.h"
+
+#define COPIES_PER_CHECK	64
+#define WORD_BITS		64
+
+/* From create to destroy.  I: set at create.  A: atomic, any thread. */
+struct ul_map {
+	char			*bytes;		/* I: owned; from map_lead on */
+	uint64_t		lead_bytes;	/* I: mapped before byte 0 */
+	uint64_t		nr_bytes;	/* I: from byte 0 */
+	uint64_t		nr_pages;	/* I: of bytes */
+	unsigned int		page_shift;	/* I */
+	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
+};
+
+/* ---- a memcpy that survives SIGBUS ---- */
+
+static __thread sigjmp_buf *volatile copy_escape;
+static struct sigaction previous_action;
+static pthread_once_t handler_once = PTHREAD_ONCE_INIT;
+
+static void on_sigbus(int sig, siginfo_t *info, void *context)
+{
+	sigjmp_buf *escape = copy_escape;
+
+	(void)sig, (void)info, (void)context;
+	if (escape)
+		siglongjmp(*escape, 1);
+	/* Not ours: whoever was here before gets it, as it happens again. */
+	sigaction(SIGBUS, &previous_action, NULL);
+}
+
+static void install_handler(void)
+{
+	/* NODEFER: siglongjmp() leaves the mask as it is in the handler. */
+	struct sigaction action = {
+		.sa_sigaction = on_sigbus,
+		.sa_flags = SA_SIGINFO | SA_NODEFER,
+	};
+
+	sigaction(SIGBUS, &action, &previous_action);
+}
+
+static bool map_copy(void *to, const void *from, uint64_t nr_bytes)
+{
+	sigjmp_buf escape;
+	volatile bool is_whole = false;
+
+	if (!sigsetjmp(escape, 0)) {
+		copy_escape = &escape;
+		atomic_signal_fence(memory_order_seq_cst);
+		memcpy(to, from, nr_bytes);
+		atomic_signal_fence(memory_order_seq_cst);
+		is_whole = true;
+	}
+	copy_escape = NULL;
+	return is_whole;
+}
+
+/* ---- which pages are resident ---- */
+
+static uint64_t map_page(const struct ul_map *m, uint64_t offset_bytes)
+{
+	return (m->lead_bytes + offset_bytes) >> m->page_shift;
+}
+
+static bool map_knows(const struct ul_map *m, uint64_t page)
+{
+	return atomic_load_explicit(&m->resident[page / WORD_BITS],
+				    memory_order_relaxed) >>
+		       page % WORD_BITS &
+	       1;
+}
+
+static void map_forget_all(struct ul_map *m)
+{
+	for (uint64_t word = 0; word * WORD_BITS < m->nr_pages; word++)
+		atomic_store_explicit(&m->resident[word], 0,
+				      memory_order_relaxed);
+}
+
+/* Ask the kernel about a word's pages: asking for 64 costs little more than
+ * asking for one. */
+static void map_ask(struct ul_map *m, uint64_t word)
+{
+	uint64_t page = word * WORD_BITS;
+	uint64_t nr_pages = m->nr_pages - page;
+	unsigned char answers[WORD_BITS];
+	uint64_t bits = 0;
+
+	if (nr_pages > WORD_BITS)
+		nr_pages = WORD_BITS;
+	if (mincore(m->bytes + (page << m->page_shift),
+		    nr_pages << m->page_shift, answers))
+		return;
+	for (uint64_t i = 0; i < nr_pages; i++)
+		bits |= (uint64_t)(answers[i] & 1) << i;
+	atomic_fetch_or_explicit(&m->resident[word], bits,
+				 memory_order_relaxed);
+}
+
+static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
+			    uint64_t nr_bytes)
+{
+	uint64_t last;
+
+	if (offset_bytes > m->nr_bytes || nr_bytes > m->nr_bytes - offset_bytes)
+		return false;
+	last = map_page(m, offset_bytes + nr_bytes - 1);
+	for (uint64_t page = map_page(m, offset_bytes); page <= last; page++) {
+		if (map_knows(m, page))
+			continue;
+		map_ask(m, page / WORD_BITS);
+		if (!map_knows(m, page))
+			return false;
+	}
+	return true;
+}
+
+/* Has this thread waited for a page that was thought to be there? */
+static void map_check_faults(struct ul_map *m)
+{
+	static __thread unsigned int nr_copies;
+	static __thread long nr_faults;
+	struct rusage usage;
+
+	if (++nr_copies % COPIES_PER_CHECK)
+		return;
+	if (getrusage(RUSAGE_THREAD, &usage) || usage.ru_majflt == nr_faults)
+		return;
+	nr_faults = usage.ru_majflt;
+	map_forget_all(m);
+}
+
+/* ---- what map.h declares ---- */
+
+int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
+		  bool read_only, struct ul_map **map)
+{
+	uint64_t page_bytes = sysconf(_SC_PAGESIZE);
+	uint64_t lead_bytes = offset_bytes & (page_bytes - 1);
+	uint64_t nr_pages =
+		(lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
+	struct ul_map *m = calloc(1, sizeof(*m) + (nr_pages / WORD_BITS +
+						   1) * sizeof(m->resident[0]));
+	void *bytes;
+
+	if (!m)
+		return -ENOMEM;
+	bytes = mmap(NULL, lead_bytes + nr_bytes,
+		     read_only ? PROT_READ : PROT_READ | PROT_WRITE,
+		     MAP_SHARED | MAP_NORESERVE, fd, offset_bytes - lead_bytes);
+	if (bytes == MAP_FAILED) {
+		free(m);
+		return -errno;
+	}
+	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
+	munlock(bytes, lead_bytes + nr_bytes);
+	m->bytes = bytes;
+	m->lead_bytes = lead_bytes;
+	m->nr_bytes = nr_bytes;
+	m->nr_pages = nr_pages;
+	m->page_shift = __builtin_ctzl(page_bytes);
+	pthread_once(&handler_once, install_handler);
+	*map = m;
+	return 0;
+}
+
+void ul_map_destroy(struct ul_map *m)
+{
+	if (!m)
+		return;
+	munmap(m->bytes, m->lead_bytes + m->nr_bytes);
+	free(m);
+}
+
+bool ul_map_read(struct ul_map *m, uint64_t offset_bytes, void *buffer,
+		 uint64_t nr_bytes)
+{
+	if (!map_is_resident(m, offset_bytes, nr_bytes))
+		return false;
+	map_check_faults(m);
+	return map_copy(buffer, m->bytes + m->lead_bytes + offset_bytes,
+			nr_bytes);
+}
+
+bool ul_map_write(struct ul_map *m, uint64_t offset_bytes, const void *buffer,
+		  uint64_t nr_bytes)
+{
+	if (!map_is_resident(m, offset_bytes, nr_bytes))
+		return false;
+	map_check_faults(m);
+	return map_copy(m->bytes + m->lead_bytes + offset_bytes, buffer,
+			nr_bytes);
+}
+
+void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
+{
+	uint64_t page = map_page(m, offset_bytes);
+	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
+
+	for (; page < end; page++)
+		atomic_fetch_and_explicit(&m->resident[page / WORD_BITS],
+					  ~(1ULL << page % WORD_BITS),
+					  memory_order_relaxed);
+}

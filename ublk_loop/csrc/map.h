@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * map.h - the resident part of a backing file, as memory.
+ */
+#ifndef UL_MAP_H
+#define UL_MAP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct ul_map;
+
+/* offset_bytes: where in the file the map's byte 0 is; any. */
+int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
+		  bool read_only, struct ul_map **map);
+void ul_map_destroy(struct ul_map *map);
+/* Copy if that needs no I/O.  False: nothing (of use) was done; take another
+ * way.  Any thread that does not block SIGBUS. */
+bool ul_map_read(struct ul_map *map, uint64_t offset_bytes, void *buffer,
+		 uint64_t nr_bytes);
+bool ul_map_write(struct ul_map *map, uint64_t offset_bytes, const void *buffer,
+		  uint64_t nr_bytes);
+/* A range was punched or zeroed: look again before the next copy. */
+void ul_map_forget(struct ul_map *map, uint64_t offset_bytes,
+		   uint64_t nr_bytes);
+
+#endif
