@@ -75,7 +75,7 @@ asks for a guest: --vm, --kernel, --icount or --disk.
 examples:
   tools/vm.py -- uname -r
   tools/vm.py --kernel 6.12 --cpus 1 --timeout 600 -- .venv/bin/pytest tests/kernel
-  tools/vm.py --icount --shared results -- tools/fio_compare.py --out results
+  tools/vm.py --icount --shared results -- sh -c 'dmesg >results/dmesg'
   truncate -s 1G disk.img; tools/vm.py --disk disk.img -- mkfs.ext4 /dev/vda
   tools/vm.py --kernel 7.3 --fetch        (the newest of its series, without running anything)
 """
@@ -343,6 +343,9 @@ def main() -> int:
         return EXIT_GUEST
     except BrokenPipeError:  # whoever read our output has gone
         return 128 + signal.SIGPIPE
+    except (OSError, subprocess.CalledProcessError) as error:  # a full disk, say
+        note(str(error))
+        return EXIT_GUEST
 
 
 if __name__ == "__main__":

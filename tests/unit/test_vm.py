@@ -51,9 +51,25 @@ def test_arguments_are_a_usage_error_when_wrong(words: list[str]) -> None:
     assert error.value.code == 2
 
 
+def test_available_packages_are_those_with_files_in_them() -> None:
+    output = """\
+Package: linux-image-7.1.13+deb13-amd64
+Installed-Size: 9
+Filename: pool/shell.deb
+Size: 1896
+
+Package: linux-image-6.12.1+deb12-amd64
+Installed-Size: 500000
+Depends: kmod
+Size: 107177456
+Description: Linux
+"""
+    assert vm_kernels.parse_available(output) == {"linux-image-6.12.1+deb12-amd64"}
+
+
 def test_newest_package_is_by_number_when_the_text_order_differs() -> None:
     names = [f"linux-image-6.12.{n}+deb12-amd64" for n in (9, 100, 38)]
-    assert vm_kernels.newest_packages(names, "6.12") == ("6.12.100+deb12-amd64", [names[1]])
+    assert vm_kernels.choose_packages(names, "6.12") == ("6.12.100+deb12-amd64", [names[1]])
 
 
 def test_newest_package_is_the_generic_flavour_when_there_are_others() -> None:
@@ -65,17 +81,35 @@ def test_newest_package_is_the_generic_flavour_when_there_are_others() -> None:
         "linux-image-6.12.48+deb12-rt-amd64",
         "linux-image-6.120.1+deb12-amd64",
     ]
-    assert vm_kernels.newest_packages(names, "6.12") == ("6.12.38+deb12-amd64", [names[1]])
+    assert vm_kernels.choose_packages(names, "6.12") == ("6.12.38+deb12-amd64", [names[1]])
 
 
 def test_newest_package_is_the_split_one_when_the_image_is_an_empty_shell() -> None:
     version = "7.3.4+deb13-amd64"
     split = [f"linux-{part}-{version}" for part in ("binary", "modules", "base")]
-    assert vm_kernels.newest_packages([f"linux-image-{version}", *split], "7.3") == (version, split)
+    assert vm_kernels.choose_packages([f"linux-image-{version}", *split], "7.3") == (version, split)
 
 
-def test_newest_package_is_none_when_the_series_has_gone() -> None:
-    assert vm_kernels.newest_packages(["linux-image-7.30.1+deb13-amd64"], "7.3") is None
+def test_newest_package_is_of_the_next_series_when_the_archive_has_moved_on() -> None:
+    names = [f"linux-image-7.{n}+deb13-amd64" for n in ("4.1", "4.2", "30.1", "2.9")]
+    assert vm_kernels.choose_packages(names, "7.3") == ("7.4.2+deb13-amd64", [names[1]])
+
+
+def test_newest_package_is_none_when_there_are_older_ones_only() -> None:
+    assert vm_kernels.choose_packages(["linux-image-7.3.1+deb13-amd64"], "7.30") is None
+
+
+def test_cached_kernel_is_the_stand_in_until_there_is_a_real_one(tmp_path: Path) -> None:
+    for version in ("7.3.9+deb13-amd64", "7.4.2+deb13-amd64"):
+        assert vm_kernels.cached_kernel(tmp_path, "7.2") is None
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "vmlinuz").touch()
+    (tmp_path / "7.2").symlink_to("7.3.9+deb13-amd64")
+    for series, version in (("7.2", "7.3.9"), ("7.4", "7.4.2")):
+        kernel = vm_kernels.cached_kernel(tmp_path, series)
+        assert kernel is not None
+        assert kernel.modules is not None
+        assert kernel.version == f"{version}+deb13-amd64" == kernel.modules.name
 
 
 def test_mirrors_come_from_apts_targets() -> None:

@@ -124,9 +124,15 @@ def find_kernel(name: str, refresh: bool = False) -> Kernel:
 
 
 def cached_kernel(root: Path, series: str) -> Kernel | None:
-    """Return the newest kernel of `series` in the cache, or None."""
-    trees = [tree for tree in root.iterdir() if in_series(tree.name, series)]
-    return tree_kernel(max(trees, key=lambda tree: version_key(tree.name))) if trees else None
+    """Return the newest kernel of `series` in the cache, or its stand-in, or None."""
+    trees = [tree for tree in root.iterdir() if in_series(tree.name, series) and tree.exists()]
+    if not trees:
+        return None
+    tree = max(trees, key=lambda tree: version_key(tree.name))
+    if tree.is_symlink():
+        tree = tree.resolve()
+        note(f"no {series} kernel to be had when it was fetched: {tree.name} stands in")
+    return tree_kernel(tree)
 
 
 def tree_kernel(tree: Path) -> Kernel:
@@ -178,20 +184,40 @@ def in_series(version: str, series: str) -> bool:
     return re.match(re.escape(series) + r"(?!\d)", version) is not None
 
 
-def newest_packages(available: Iterable[str], series: str) -> tuple[str, list[str]] | None:
-    """Return the newest generic kernel of `series` as (version, packages), None if there is none.
+def parse_available(output: str) -> set[str]:
+    """Parse the output of `apt-cache dumpavail`: the names of the packages that hold something.
 
+    Beside split kernels, and for removed ones, there are packages without files.
+    """
+    found = re.findall(r"^Package: (\S+)\n(?:.+\n)*?Size: (\d+)$", output, re.MULTILINE)
+    return {name for name, nr_bytes in found if int(nr_bytes) > 100_000}
+
+
+def choose_packages(available: Iterable[str], series: str) -> tuple[str, list[str]] | None:
+    """Return the newest generic kernel of `series` as (version, packages).
+
+    If the archive has moved on, it is the oldest of the series after it; None if there is neither.
     :param available: the names of all packages to choose from.
     """
     names = set(available)
     pattern = re.compile(r"linux-(?:image|binary)-(\d+\.\d+\.\d+[^-]*(?:-\d+)?-amd64)")
-    matches = (pattern.match(name) for name in names)
-    versions = {match[1] for match in matches if match and in_series(match[1], series)}
-    for version in sorted(versions, key=version_key, reverse=True):
-        for packages in package_layouts(version):
-            if names.issuperset(packages):
-                return version, packages
-    return None
+    versions = {match[1] for match in map(pattern.match, names) if match}
+    usable = {version: layout for version in versions if (layout := find_layout(version, names))}
+    wanted = [version for version in usable if in_series(version, series)]
+    later = [version for version in usable if version_key(version) > version_key(series)]
+    if not wanted and later:
+        first = min(later, key=version_key)
+        following = ".".join(first.split(".")[:2])
+        wanted = [version for version in usable if in_series(version, following)]
+    if not wanted:
+        return None
+    newest = max(wanted, key=version_key)
+    return newest, usable[newest]
+
+
+def find_layout(version: str, names: set[str]) -> list[str]:
+    """Return the packages that together hold kernel `version`; none if they are incomplete."""
+    return next((list_ for list_ in package_layouts(version) if names.issuperset(list_)), [])
 
 
 def package_layouts(version: str) -> list[list[str]]:
@@ -346,16 +372,18 @@ def fetch(root: Path, series: str) -> Kernel:
         work = Path(name)
         apt = AptRoot(work / "apt", mirror)
         apt.run("apt-get", "update")
-        names = re.findall(
-            r"^Package: (\S+)$", apt.run("apt-cache", "dumpavail", capture=True), re.MULTILINE
-        )
-        newest = newest_packages(names, series)
+        names = parse_available(apt.run("apt-cache", "dumpavail", capture=True))
+        newest = choose_packages(names, series)
         if newest is None:
             raise VmError(f"{suite} holds no {series} kernel; try another series or an image")
         version, packages = newest
         if not (root / version).exists():
             download(apt, packages, version, work)
             (work / "tree").rename(root / version)
+        if not in_series(version, series):
+            note(f"{suite} holds no {series} kernel any more: {version} stands in for it")
+            (work / "link").symlink_to(version)
+            (work / "link").rename(root / series)
     note(f"kernel {version} is in {root / version}")
     return tree_kernel(root / version)
 
