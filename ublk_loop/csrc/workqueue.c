@@ -10,28 +10,30 @@
  *
  * The way of an item (enum work_state)
  *
- *	            queue                      slot free
- *	IDLE ----------------> INACTIVE ----------------> WAITING
- *	  |   (a slot is free: straight on) ------------>  |    \  it still runs
- *	  |                                                |     v  elsewhere
- *	  +-- queue_delayed -> DELAYED -- time ----^       | SCHEDULED
- *	                                                   v     v
- *	                             IDLE again, and func runs: worker->current
+ *	IDLE		not pending; func may be running
+ *	  | queue_delayed_work
+ *	DELAYED		until its time comes, in pool->timers
+ *	  | queue_work, or the time
+ *	INACTIVE	until max_active lets it in, in wq->inactive
+ *	  | at once, if fewer than max_active are in
+ *	WAITING		until a worker takes it, in pool->waiting
+ *	  | only if func still runs on another worker, found in pool->busy
+ *	SCHEDULED	until that worker ends func, in worker->scheduled
+ *	  |
+ *	IDLE		and func runs: worker->current
  *
- * Every state but IDLE is "pending". It ends before func runs, so func may
- * queue its item again; whoever takes that finds the item's worker in
- * pool->busy and leaves the item on that worker's own list: never two at once.
- * max_active counts what is WAITING, SCHEDULED or running; the rest of the
- * workqueue is INACTIVE, in order. An ordered workqueue is max_active 1.
+ * It is pending in all states but IDLE, and IDLE before func runs, so func may
+ * queue its own item; which never runs twice at once. Whatever is WAITING,
+ * SCHEDULED or running counts as active. An ordered workqueue is max_active 1.
  *
  * Locking: one mutex a pool, pool->lock, guards the pool, its workqueues and
  * their items. It is never held across func or a wait. All waits are futexes:
- *   worker->wake      a worker sleeps on its own; woken last in, first out
- *   pool->wake        the manager
- *   waiter->done      a flush, on the stack of who waits
- * A wake of a worker or the manager is a return value of the *_kick() calls and
- * sent after unlocking; the thread may be gone by then, and a futex_wake of a
- * stale address is harmless since every sleeper checks its reason again.
+ *   worker->wake	a worker or rescuer; the last to sleep is woken first
+ *   pool->wake		the manager
+ *   waiter->done	a flush, on the stack of who waits
+ * On the way of an item the wake-up is what pool_kick() returns, and sent after
+ * unlocking. The thread may be gone by then: a futex_wake of a stale address
+ * does no harm, since every sleeper looks at its reason again.
  *
  * Who is woken: nobody if a worker is on its way (nr_coming) or spins; else
  * the warmest idle worker; else the manager, to make one. A worker that takes
