@@ -586,7 +586,7 @@ def _guest(
     console: Console,
 ) -> int:
     arguments = ["--here", *(word for word in sys.argv[1:] if word not in ("--vm", "--icount"))]
-    vm_options = ["--kernel", kernel, "--cpus", str(cpus), *(["--icount"] if icount else [])]
+    vm_options = ["--kernel", kernel, *(["--icount"] if icount else ["--cpus", str(cpus)])]
     if out is None:
         command = [sys.executable, str(TOOLS / "vm.py"), "--vm", *vm_options, "--"]
         return subprocess.call(
