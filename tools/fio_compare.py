@@ -428,9 +428,11 @@ def make_table(report: dict[str, Any]) -> Table:
     """Return the table: medians of IOPS, and the ratio to the baseline with its interval."""
     baseline = report["baseline"]
     names = list(report["subjects"])
+    plural = "" if report["nr_cpus"] == 1 else "s"
     title = (
-        f"IOPS, and ratio to {baseline} (95 % interval) | Linux {report['kernel']}, "
-        f"{report['nr_cpus']} CPUs, scheduler {report['scheduler']}, {report['date']}"
+        f"IOPS (medians), and ratio to {baseline} (95 % interval)\n"
+        f"Linux {report['kernel']}, {report['nr_cpus']} CPU{plural}, "
+        f"scheduler {report['scheduler']}, {report['date']}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("backing")
