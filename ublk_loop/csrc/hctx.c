@@ -88,6 +88,7 @@ struct ul_hctx {
 	char			*elems;		/* I: owned, BATCH_IO's commits */
 	unsigned int		elem_bytes;	/* I: header, address if copied */
 	unsigned int		nr_elems;	/* R: in elems, not yet queued */
+	unsigned int		nr_commits;	/* R: queued, cqe not yet seen */
 	struct io_uring_buf_ring *fetch_ring;	/* P: owned, see FETCH_TAGS */
 	uint16_t		*fetch_bufs;	/* P: owned, behind fetch_ring */
 	unsigned int		nr_fetch_bufs;	/* I: a power of two */
@@ -309,6 +310,7 @@ static void hctx_queue_elems(struct ul_hctx *h, uint32_t opcode)
 		((struct ublk_batch_io *)sqe->cmd)->flags =
 			UBLK_BATCH_F_HAS_BUF_ADDR;
 	h->nr_elems = 0;
+	h->nr_commits++;
 }
 
 static void hctx_queue_fetch(struct ul_hctx *h)
@@ -457,6 +459,7 @@ static int hctx_fetch_all(struct ul_hctx *h)
 		return ret;
 	ret = cqe->res;
 	io_uring_cqe_seen(&h->ring, cqe);
+	h->nr_commits = 0;
 	if (ret)
 		return ret;
 	hctx_queue_fetch(h);
@@ -704,6 +707,7 @@ static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		hctx_handle_fetch(h, cqe);
 		break;
 	case CQE_COMMIT:
+		h->nr_commits--;
 		/* The driver takes every element that it gave us the tag of. */
 		if (cqe->res != (int)value && !h->fault)
 			h->fault = cqe->res < 0 ? cqe->res : -EPROTO;
@@ -738,9 +742,16 @@ static unsigned int hctx_collect(struct ul_hctx *h)
 	return nr;
 }
 
+/* Something besides the cqes that tell of commits: each is there as soon as
+ * its command is submitted, and is not worth a round. */
+static bool hctx_has_cqes(const struct ul_hctx *h)
+{
+	return io_uring_cq_ready(&h->ring) > h->nr_commits;
+}
+
 static bool hctx_has_news(struct ul_hctx *h)
 {
-	return io_uring_cq_ready(&h->ring) ||
+	return hctx_has_cqes(h) ||
 	       IO_URING_READ_ONCE(*h->ring.sq.kflags) & IORING_SQ_TASKRUN ||
 	       atomic_load_explicit(&h->done, memory_order_acquire);
 }
@@ -784,7 +795,7 @@ static int hctx_sleep(struct ul_hctx *h)
 		ret = io_uring_submit_and_get_events(&h->ring);
 	} else {
 		h->stats.nr_sleeps++;
-		ret = io_uring_submit_and_wait(&h->ring, 1);
+		ret = io_uring_submit_and_wait(&h->ring, h->nr_commits + 1);
 	}
 	atomic_store(&h->sleeping, false);
 	return ret;
@@ -800,7 +811,7 @@ static int hctx_wait(struct ul_hctx *h)
 		return hctx_sleep(h);
 	if (io_uring_sq_ready(&h->ring))
 		ret = io_uring_submit_and_get_events(&h->ring);
-	if (ret < 0 || io_uring_cq_ready(&h->ring))
+	if (ret < 0 || hctx_has_cqes(h))
 		return ret;
 	begin_ns = now_ns();
 	if (h->wait_ns <= h->spin_ns && hctx_spin(h, begin_ns + h->spin_ns))
