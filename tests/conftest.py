@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ _stderr_fd = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): when the run is given up as hung")
+    # A shell's background job comes with SIGINT ignored; the tests are about a person's Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before a test's output is captured: where the stacks of a hang go.
     config.stash[_stderr_fd] = os.dup(2)
 
