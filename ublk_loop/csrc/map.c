@@ -22,6 +22,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/magic.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -30,6 +31,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "map.h"
@@ -168,6 +170,26 @@ static void map_check_faults(struct ul_map *m)
 
 /* ---- what map.h declares ---- */
 
+/* Where the page cache is the file: not so on a network, nor under FUSE. */
+static bool fd_is_local(int fd)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs))
+		return false;
+	switch (fs.f_type) {
+	case TMPFS_MAGIC:
+	case RAMFS_MAGIC:
+	case EXT4_SUPER_MAGIC:
+	case XFS_SUPER_MAGIC:
+	case BTRFS_SUPER_MAGIC:
+	case F2FS_SUPER_MAGIC:
+		return true;
+	default:
+		return false;
+	}
+}
+
 int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 		  bool read_only, struct ul_map **map)
 {
@@ -181,6 +203,10 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 
 	if (!m)
 		return -ENOMEM;
+	if (!fd_is_local(fd)) {
+		free(m);
+		return -EOPNOTSUPP;
+	}
 	bytes = mmap(NULL, lead_bytes + nr_bytes,
 		     read_only ? PROT_READ : PROT_READ | PROT_WRITE,
 		     MAP_SHARED | MAP_NORESERVE, fd, offset_bytes - lead_bytes);

@@ -10,7 +10,8 @@
 
 struct ul_map;
 
-/* offset_bytes: where in the file the map's byte 0 is; any. */
+/* offset_bytes: where in the file the map's byte 0 is; any. -EOPNOTSUPP: the
+ * page cache is not all there is to this file system. */
 int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 		  bool read_only, struct ul_map **map);
 void ul_map_destroy(struct ul_map *map);

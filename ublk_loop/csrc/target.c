@@ -10,11 +10,11 @@
  * sends reads down the same list: the loop driver before that commit.
  *
  * Policy `auto` asks first what can be done without blocking.  What is resident
- * of a file of the page cache is copied from or to its mapping (map.c).  What is
- * not is read by the hctx's ring (UL_RQ_ASYNC) if the file system can do that
- * without one of io_uring's own threads (FMODE_NOWAIT), else inline (tmpfs).
- * Direct I/O is the ring's both ways.  Writes that allocate or read first,
- * flushes and discards go the way of 2014.
+ * of a file of the page cache is copied from or to its mapping (map.c).  A cold
+ * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
+ * file system can do that without one of io_uring's own threads; in memory
+ * (tmpfs) it is done inline.  Everything else goes the way of 2014: writes that
+ * allocate or must read first, flushes, discards, all of a network file system.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
@@ -26,11 +26,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <pthread.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "hctx.h"
@@ -45,6 +47,13 @@
 /* For file systems without FALLOC_FL_ZERO_RANGE; aligned for O_DIRECT. */
 static char zeroes[ZEROES_BYTES] __attribute__((aligned(4096)));
 
+/* Who does what is not resident, or is direct. */
+enum target_cold {
+	COLD_WORKER = 0,
+	COLD_INLINE,
+	COLD_ASYNC,
+};
+
 /* Lives from before its hctxs to after them.
  * I: set at create.  O: under ordered_lock.  W: write_work's own.
  */
@@ -57,29 +66,42 @@ struct ul_target {
 	struct ul_request	*writing;	/* W: taken, not yet run */
 	struct ul_request	*current;	/* W: Python has it */
 	struct ul_map		*map;		/* I: owned; NULL: not mapped */
-	bool			has_nowait;	/* I: see queue_auto */
+	enum target_cold	cold;		/* I: policy auto */
 };
 
 static int target_write_work(struct ul_work *work);
 
 /* Whether the file system can say -EAGAIN (FMODE_NOWAIT). */
-static bool target_probe_nowait(const struct ul_target *t)
+static bool fd_has_nowait(int fd)
 {
 	char page[4096] __attribute__((aligned(4096)));
 	struct iovec iov = { page, sizeof(page) };
 
-	return preadv2(t->config.fd, &iov, 1, 0, RWF_NOWAIT) >= 0 ||
-	       errno != EOPNOTSUPP;
+	return preadv2(fd, &iov, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
 }
 
-static int target_init_loop(struct ul_target *t)
+static bool fd_is_in_memory(int fd)
 {
-	t->has_nowait = target_probe_nowait(t);
+	struct statfs fs;
+
+	return !fstatfs(fd, &fs) &&
+	       (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+}
+
+static int target_init_auto(struct ul_target *t)
+{
+	int fd = t->config.fd;
+	int ret;
+
+	if (fd_is_in_memory(fd))
+		t->cold = COLD_INLINE;
+	else if (fd_has_nowait(fd))
+		t->cold = COLD_ASYNC;
 	if (!(t->config.flags & UL_TARGET_MAP))
 		return 0;
-	return ul_map_create(t->config.fd, t->config.offset_bytes,
-			     t->config.dev_nr_bytes,
-			     t->config.flags & UL_TARGET_READ_ONLY, &t->map);
+	ret = ul_map_create(fd, t->config.offset_bytes, t->config.dev_nr_bytes,
+			    t->config.flags & UL_TARGET_READ_ONLY, &t->map);
+	return ret == -EOPNOTSUPP ? 0 : ret;
 }
 
 int ul_target_create(const struct ul_target_config *config,
@@ -94,8 +116,9 @@ int ul_target_create(const struct ul_target_config *config,
 	if (!t)
 		return -ENOMEM;
 	t->config = *config;
-	if (config->kind == UL_TARGET_LOOP) {
-		ret = target_init_loop(t);
+	if (config->kind == UL_TARGET_LOOP &&
+	    config->policy == UL_POLICY_AUTO) {
+		ret = target_init_auto(t);
 		if (ret) {
 			free(t);
 			return ret;
@@ -384,15 +407,17 @@ static enum ul_rq_status auto_finish(struct ul_request *req, int32_t res)
 
 static enum ul_rq_status auto_read(struct ul_target *t, struct ul_request *req)
 {
-	int32_t res = req->nr_bytes;
-
-	if (!t->map || !ul_map_read(t->map, req->offset_bytes, req->buffer,
-				    req->nr_bytes)) {
-		if (t->has_nowait)
-			return UL_RQ_ASYNC;
-		res = loop_read(t, req);
+	if (t->map &&
+	    ul_map_read(t->map, req->offset_bytes, req->buffer, req->nr_bytes))
+		return auto_finish(req, req->nr_bytes);
+	switch (t->cold) {
+	case COLD_INLINE:
+		return auto_finish(req, loop_read(t, req));
+	case COLD_ASYNC:
+		return UL_RQ_ASYNC;
+	default:
+		return UL_RQ_QUEUED;
 	}
-	return auto_finish(req, res);
 }
 
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_request *req)
@@ -408,11 +433,13 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_request *req)
 		req->res = req->nr_bytes;
 		return UL_RQ_DONE;
 	}
-	if (!t->has_nowait) {
+	if (t->cold == COLD_INLINE) {
 		req->res = loop_write(t, req);
 		return UL_RQ_DONE;
 	}
-	return t->config.flags & UL_TARGET_DIRECT ? UL_RQ_ASYNC : UL_RQ_QUEUED;
+	if (t->cold == COLD_ASYNC && t->config.flags & UL_TARGET_DIRECT)
+		return UL_RQ_ASYNC;
+	return UL_RQ_QUEUED;
 }
 
 static enum ul_rq_status target_queue_auto(struct ul_target *t,

@@ -1,0 +1,143 @@
+"""Policy auto: what is done at once and what the ring does; and the bytes, whoever moved them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ublk_loop import uapi
+from ublk_loop.target import LoopTarget
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+def _drop_caches() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def test_resident_pages_are_read_and_written_at_once(
+    device, backing_file, open_block, pattern
+) -> None:
+    path = backing_file(MIB, pattern(MIB))
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        before = dev.hctxs[0].stats()
+        assert client.read(64 * KIB, 128 * KIB) == pattern(MIB)[64 * KIB : 192 * KIB]
+        assert client.write(512, pattern(8 * KIB, seed=1)) == 8 * KIB
+        assert client.read(512, 8 * KIB) == pattern(8 * KIB, seed=1)
+        after = dev.hctxs[0].stats()
+    assert after.nr_inline - before.nr_inline == 3
+    assert path.read_bytes()[512 : 512 + 8 * KIB] == pattern(8 * KIB, seed=1)
+    assert path.read_bytes()[512 + 8 * KIB :] == pattern(MIB)[512 + 8 * KIB :]
+
+
+def test_cold_pages_are_read_by_the_ring_and_then_at_once(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    # Not the device's first pages: what the kernel read for partitions stays mapped, with its folio.
+    expected = pattern(16 * MIB)[8 * MIB :][: 64 * KIB]
+    with open_block(dev.block_path) as client:
+        _drop_caches()
+        cold = dev.hctxs[0].stats()
+        assert client.read(8 * MIB, 64 * KIB) == expected
+        warm = dev.hctxs[0].stats()
+        assert client.read(8 * MIB, 64 * KIB) == expected
+        after = dev.hctxs[0].stats()
+    assert warm.nr_async - cold.nr_async == 1
+    assert after.nr_async == warm.nr_async
+    assert after.nr_inline - warm.nr_inline == 1
+
+
+def test_direct_io_is_done_by_the_ring_both_ways(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(MIB, pattern(MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path, direct=True), policy="auto")
+    with open_block(dev.block_path) as client:
+        before = dev.hctxs[0].stats()
+        assert client.read(0, 64 * KIB) == pattern(MIB)[: 64 * KIB]
+        assert client.write(4 * KIB, pattern(64 * KIB, seed=1)) == 64 * KIB
+        after = dev.hctxs[0].stats()
+    assert after.nr_async - before.nr_async == 2
+    assert path.read_bytes()[4 * KIB : 68 * KIB] == pattern(64 * KIB, seed=1)
+
+
+def test_page_that_is_cut_off_after_it_was_used_is_eio_and_the_device_goes_on(
+    device, backing_file, open_block, pattern, raises_errno
+) -> None:
+    """The mapping faults with SIGBUS there, which once could have ended the server."""
+    path = backing_file(MIB, pattern(MIB))
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        assert client.read(0, MIB // 2) == pattern(MIB)[: MIB // 2]
+        os.truncate(path, 64 * KIB)
+        with raises_errno(5):
+            client.read(128 * KIB, 4 * KIB)
+        assert client.read(0, 64 * KIB) == pattern(MIB)[: 64 * KIB]
+        # A write behind the end makes the file longer, as /dev/loop has it.
+        assert client.write(128 * KIB, pattern(4 * KIB, seed=1)) == 4 * KIB
+        assert client.read(128 * KIB, 4 * KIB) == pattern(4 * KIB, seed=1)
+        assert client.read(64 * KIB, 64 * KIB) == bytes(64 * KIB)
+
+
+def test_reading_a_hole_does_not_fill_it(device, backing_file, open_block) -> None:
+    path = backing_file(4 * MIB)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        for offset in range(0, 4 * MIB, 512 * KIB):
+            assert client.read(offset, 512 * KIB) == bytes(512 * KIB)
+    assert path.stat().st_blocks == 0
+
+
+@pytest.mark.parametrize("seconds_write", [False, True], ids=["discarded", "written-again"])
+def test_used_page_that_is_discarded_reads_as_zeroes_and_stays_a_hole(
+    device, backing_file, open_block, pattern, seconds_write
+) -> None:
+    path = backing_file(MIB, pattern(MIB))
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        assert client.read(0, MIB // 2) == pattern(MIB)[: MIB // 2]
+        client.discard(0, MIB // 2)
+        if seconds_write:
+            client.write(0, pattern(MIB // 2, seed=2))
+            assert client.read(0, MIB // 2) == pattern(MIB // 2, seed=2)
+            return
+        assert client.read(0, MIB // 2) == bytes(MIB // 2)
+    assert path.stat().st_blocks * 512 == MIB // 2
+
+
+@pytest.mark.parametrize("offset_bytes", [512, 4096 + 1536])
+def test_mapping_of_a_device_at_an_odd_offset_begins_there(
+    device, backing_file, open_block, pattern, offset_bytes
+) -> None:
+    path = backing_file(MIB, pattern(MIB))
+    dev = device(LoopTarget(path, offset_bytes=offset_bytes), policy="auto")
+    with open_block(dev.block_path) as client:
+        assert client.read(0, 64 * KIB) == pattern(MIB)[offset_bytes:][: 64 * KIB]
+        client.write(1024, pattern(4 * KIB, seed=1))
+        last = dev.target.size - 512
+        assert client.read(last, 512) == pattern(MIB)[offset_bytes:][last : last + 512]
+    begin = offset_bytes + 1024
+    assert path.read_bytes()[begin : begin + 4 * KIB] == pattern(4 * KIB, seed=1)
+
+
+@pytest.mark.parametrize("batch", [None, False], ids=["best", "command-a-tag"])
+@pytest.mark.parametrize("poll_us", [0, 50])
+def test_fio_verifies_with_and_without_batches_and_spinning(
+    control, device, backing_file, ext4_folder, fio, batch, poll_us
+) -> None:
+    path = backing_file(32 * MIB, folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto", batch=batch, poll_us=poll_us)
+    offered = control.get_features() & uapi.UBLK_F_BATCH_IO
+    assert dev.info.flags & uapi.UBLK_F_BATCH_IO == (offered if batch is None else 0)
+    jobs = {
+        f"{rw}{bs}": {"rw": rw, "bs": bs, "size": "4m", "iodepth": depth, "verify": "crc32c"}
+        for rw, bs, depth in (("randwrite", "4k", 64), ("write", "512", 32), ("randrw", "64k", 8))
+    }
+    fio(dev.block_path, jobs)
