@@ -40,7 +40,7 @@ def test_cold_pages_are_read_by_the_ring_and_then_at_once(
 ) -> None:
     path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
     dev = device(LoopTarget(path), policy="auto")
-    # Not the device's first pages: what the kernel read for partitions stays mapped, with its folio.
+    # Not the first pages: what the kernel read for partitions stays mapped, with its folio.
     expected = pattern(16 * MIB)[8 * MIB :][: 64 * KIB]
     with open_block(dev.block_path) as client:
         _drop_caches()
