@@ -19,7 +19,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import uapi
@@ -27,7 +27,7 @@ from .control import Control, DevInfo
 from .errors import DriverError
 from .hctx import HardwareContext
 from .params import Params, params_for
-from .target import NativeTarget, Target
+from .target import NativeTarget, Target, check_policy
 from .workqueue import Workqueue
 
 # What the data plane can do; any other mode is refused.
@@ -54,7 +54,7 @@ ANY_DEV_ID = -1
 class Device:
     """A device that this process serves. Use :meth:`add` or :meth:`recover`.
 
-    From then on the device owns ``target`` and closes it.
+    These take ``target`` over: it is closed with the device, or by their failure.
     """
 
     def __init__(
@@ -110,20 +110,22 @@ class Device:
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
         """
-        flags |= _batch_flag(batch, flags, control.get_features())
-        if flags & ~SUPPORTED_FLAGS:
-            raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
-        params = _params(target, max_io_buf_bytes)
-        info = control.add_dev(
-            DevInfo(
-                nr_hw_queues=nr_hw_queues,
-                queue_depth=queue_depth,
-                max_io_buf_bytes=max_io_buf_bytes,
-                dev_id=dev_id,
-                flags=flags,
-                ublksrv_pid=os.getpid(),
+        with _closed_on_error(target):
+            flags |= _batch_flag(batch, flags, queue_depth, control.get_features())
+            if flags & ~SUPPORTED_FLAGS:
+                raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
+            check_policy(policy)
+            params = _params(target, max_io_buf_bytes)
+            info = control.add_dev(
+                DevInfo(
+                    nr_hw_queues=nr_hw_queues,
+                    queue_depth=queue_depth,
+                    max_io_buf_bytes=max_io_buf_bytes,
+                    dev_id=dev_id,
+                    flags=flags,
+                    ublksrv_pid=os.getpid(),
+                )
             )
-        )
         device = cls(control, target, info, policy, poll_us)
         try:
             missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
@@ -156,8 +158,11 @@ class Device:
         :raises DriverError: EBUSY (the old server is not gone), EINVAL (not added with recovery, or
             not waiting for one), ENODEV. The device is left as it was found.
         """
-        control.start_user_recovery(dev_id, timeout_s=timeout_s)
-        device = cls(control, target, control.get_dev_info(dev_id), policy, poll_us)
+        with _closed_on_error(target):
+            check_policy(policy)
+            control.start_user_recovery(dev_id, timeout_s=timeout_s)
+            info = control.get_dev_info(dev_id)
+        device = cls(control, target, info, policy, poll_us)
         device._recovering = True
         try:
             device._prepare(timeout_s)
@@ -316,10 +321,21 @@ class Device:
             Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
 
 
-def _batch_flag(batch: bool | None, flags: int, features: int) -> int:
-    # BATCH_IO excludes NEED_GET_DATA; one multishot fetch is faster than a command a tag.
+@contextlib.contextmanager
+def _closed_on_error(target: Target) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        target.close()
+        raise
+
+
+def _batch_flag(batch: bool | None, flags: int, queue_depth: int, features: int) -> int:
+    # One multishot fetch is faster than a command a tag. The driver refuses it with NEED_GET_DATA,
+    # and for a single tag (its kfifo wants two).
     if batch is None:
-        batch = bool(features & uapi.UBLK_F_BATCH_IO) and not flags & uapi.UBLK_F_NEED_GET_DATA
+        fits = queue_depth > 1 and not flags & uapi.UBLK_F_NEED_GET_DATA
+        batch = fits and bool(features & uapi.UBLK_F_BATCH_IO)
     return uapi.UBLK_F_BATCH_IO if batch else 0
 
 

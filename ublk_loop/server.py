@@ -284,34 +284,34 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
     from .device import SUPPORTED_FLAGS, Device
 
     options = request.options
-    try:
-        if request.recover:
-            return Device.recover(
-                control,
-                target,
-                request.dev_id,
-                policy=options.policy,
-                poll_us=options.poll_us,
-                timeout_s=ADD_TIMEOUT_S,
-            )
-        flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
-        check_flags(flags, SUPPORTED_FLAGS, control.get_features())
-        return Device.add(
+    if request.recover:
+        return Device.recover(
             control,
             target,
-            dev_id=request.dev_id,
-            nr_hw_queues=options.nr_hw_queues,
-            queue_depth=options.queue_depth,
-            max_io_buf_bytes=options.max_io_buf_bytes,
-            flags=options.flags,
-            batch=options.batch,
+            request.dev_id,
             policy=options.policy,
             poll_us=options.poll_us,
             timeout_s=ADD_TIMEOUT_S,
         )
-    except BaseException:
+    flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
+    try:
+        check_flags(flags, SUPPORTED_FLAGS, control.get_features())
+    except OSError:
         target.close()
         raise
+    return Device.add(
+        control,
+        target,
+        dev_id=request.dev_id,
+        nr_hw_queues=options.nr_hw_queues,
+        queue_depth=options.queue_depth,
+        max_io_buf_bytes=options.max_io_buf_bytes,
+        flags=options.flags,
+        batch=options.batch,
+        policy=options.policy,
+        poll_us=options.poll_us,
+        timeout_s=ADD_TIMEOUT_S,
+    )
 
 
 def _state_of(device: Device, request: Request) -> DeviceState:

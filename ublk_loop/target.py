@@ -176,8 +176,7 @@ class NativeTarget:
     """
 
     def __init__(self, target: Target, policy: str) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+        check_policy(policy)
         self._resources = contextlib.ExitStack()
         config = self._resources.enter_context(target._native_config())
         config.policy = POLICIES[policy]
@@ -433,6 +432,12 @@ class LoopTarget(Target):
             )
 
 
+def check_policy(policy: str) -> None:
+    """Raise ValueError if ``policy`` is none of POLICIES."""
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+
+
 def _check_size(size: int, logical_bs: int) -> None:
     if size <= 0 or size % logical_bs:
         raise ValueError(f"size {size} is not a positive multiple of {logical_bs} bytes")
@@ -464,4 +469,12 @@ def _open_backing(path: str, read_only: bool) -> int:
     return fd
 
 
-__all__ = ["POLICIES", "LoopTarget", "NativeTarget", "NullTarget", "RamTarget", "Target"]
+__all__ = [
+    "POLICIES",
+    "LoopTarget",
+    "NativeTarget",
+    "NullTarget",
+    "RamTarget",
+    "Target",
+    "check_policy",
+]
