@@ -1,4 +1,4 @@
-"""Policy auto: what is done at once and what the ring does; and the bytes, whoever moved them."""
+"""Policy auto: what is done at once, what the ring does, and the bytes, whoever moved them."""
 
 from __future__ import annotations
 
