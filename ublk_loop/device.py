@@ -42,8 +42,9 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_BATCH_IO
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
-# How long an hctx spins at most, where it may: the length of a few small requests.
-POLL_US = 100
+# How long an hctx spins at most, where it may: long enough for a client that waits for one small
+# request, is woken and sends the next.
+POLL_US = 300
 # A device's cap on concurrent reads, as the kernel's loop gave itself in 2015 when a slow disk
 # drowned in readers: Linux kernel commit 4d4e41aef942 ("block: loop: avoiding too many pending per
 # work I/O").

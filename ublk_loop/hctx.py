@@ -46,8 +46,8 @@ class HardwareContext:
     :param queue_depth: tags, 1..4096.
     :param max_io_buf_bytes: the largest request.
     :param dev_flags: UBLK_F_*, as the driver granted them.
-    :param poll_us: the longest spin before the thread sleeps; 0: none. It spins only while requests
-        follow one another faster than that.
+    :param poll_us: the longest spin before the thread sleeps; 0: none. Vain spins stop it for a
+        while.
     :param affinity: CPUs the thread may run on; empty: where the scheduler wants.
     :param on_end: called on the hctx's thread as its last act.
     :raises DriverError: ENOMEM, EMFILE.

@@ -22,8 +22,8 @@
  *
  * Spinning: with IORING_SETUP_TASKRUN_FLAG the kernel says in shared memory
  * that something waits for us, so a spin costs no system call and the client
- * no wake-up.  It is done while the last waits were short (`wait_ns`, a moving
- * average), so an idle device sleeps.
+ * no wake-up.  Spins that found nothing, several in a row, stop it for a while,
+ * and every spin ends in sleep, so an idle device costs nothing.
  *
  * A tag ends when its command completes with -ENODEV: the driver aborts, so it
  * is not fetched again.  The run is over when every tag has ended and every
@@ -67,6 +67,9 @@ enum hctx_cqe {
 
 /* A spin looks at the clock once in so many pauses. */
 #define SPIN_PAUSES	32
+/* After so many vain spins in a row, so many waits without one. */
+#define VAIN_SPINS_MAX	8
+#define RESTS		64
 
 /* Lives from ul_hctx_create() to ul_hctx_destroy().
  * I: set at create.  P: set by prepare, undone as run returns.
@@ -93,7 +96,8 @@ struct ul_hctx {
 	uint16_t		*fetch_bufs;	/* P: owned, behind fetch_ring */
 	unsigned int		nr_fetch_bufs;	/* I: a power of two */
 	uint64_t		spin_ns;	/* I: longest spin; 0: none */
-	uint64_t		wait_ns;	/* R: moving average of waits */
+	unsigned int		nr_vain_spins;	/* R: in a row */
+	unsigned int		nr_rests;	/* R: waits without a spin, since */
 	int			fault;		/* R: first unexpected result */
 	struct ul_hctx_stats	stats;		/* R, but read by all */
 	_Atomic(struct ul_request *) done;	/* A: newest first */
@@ -801,28 +805,38 @@ static int hctx_sleep(struct ul_hctx *h)
 	return ret;
 }
 
+/* Whether to spin this time: not for a while after several vain spins. */
+static bool hctx_may_spin(struct ul_hctx *h)
+{
+	if (!h->spin_ns)
+		return false;
+	if (h->nr_vain_spins < VAIN_SPINS_MAX)
+		return true;
+	if (++h->nr_rests < RESTS)
+		return false;
+	/* One more try; if it is vain too, the next rest begins. */
+	h->nr_rests = 0;
+	return true;
+}
+
 /* Submit, then spin or sleep until there is something to reap or collect. */
 static int hctx_wait(struct ul_hctx *h)
 {
-	uint64_t begin_ns, waited_ns;
 	int ret = 0;
 
-	if (!h->spin_ns)
+	if (!hctx_may_spin(h))
 		return hctx_sleep(h);
 	if (io_uring_sq_ready(&h->ring))
 		ret = io_uring_submit_and_get_events(&h->ring);
 	if (ret < 0 || hctx_has_cqes(h))
 		return ret;
-	begin_ns = now_ns();
-	if (h->wait_ns <= h->spin_ns && hctx_spin(h, begin_ns + h->spin_ns))
-		ret = io_uring_get_events(&h->ring);
-	else
-		ret = hctx_sleep(h);
-	waited_ns = now_ns() - begin_ns;
-	if (waited_ns > 8 * h->spin_ns)
-		waited_ns = 8 * h->spin_ns;
-	h->wait_ns += ((int64_t)waited_ns - (int64_t)h->wait_ns) / 8;
-	return ret;
+	if (hctx_spin(h, now_ns() + h->spin_ns)) {
+		h->nr_vain_spins = 0;
+		return io_uring_get_events(&h->ring);
+	}
+	if (h->nr_vain_spins < VAIN_SPINS_MAX)
+		h->nr_vain_spins++;
+	return hctx_sleep(h);
 }
 
 static bool hctx_is_over(const struct ul_hctx *h)
