@@ -33,6 +33,7 @@ import pytest
 from ublk_loop.control import Control
 from ublk_loop.device import Device
 from ublk_loop.target import Target
+from ublk_loop.uapi import UBLK_F_NEED_GET_DATA, UBLK_F_USER_COPY
 
 COMMAND_TIMEOUT_S = 60
 SETTLE_TIMEOUT_S = 10
@@ -42,6 +43,7 @@ SPLAT = re.compile(
     r"WARNING:|BUG:|Oops|blocked for more than|possible (circular|recursive) locking|"
     r"inconsistent lock state|suspicious RCU|general protection fault|refcount_t:"
 )
+SECTOR_BYTES = 512
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -234,6 +236,23 @@ def control(leaves_nothing: KernelLog) -> Iterator[Control]:
 def features(control: Control) -> int:
     """The driver's UBLK_F_*."""
     return control.get_features()
+
+
+# How the data goes to and from the server, and how it fetches and commits: options of Device.add.
+TRANSPORTS: dict[str, dict[str, Any]] = {
+    "copy": {},
+    "copy-no_batch": {"batch": False},
+    "user_copy": {"flags": UBLK_F_USER_COPY},
+    "user_copy-no_batch": {"flags": UBLK_F_USER_COPY, "batch": False},
+    "need_get_data": {"flags": UBLK_F_NEED_GET_DATA},
+}
+
+
+@pytest.fixture(params=TRANSPORTS.values(), ids=TRANSPORTS.keys())
+def transport(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each way of the data between driver and server in turn; BATCH_IO where the driver has it."""
+    options: dict[str, Any] = request.param
+    return options
 
 
 @pytest.fixture
@@ -429,6 +448,35 @@ def open_block() -> type[BlockClient]:
     return BlockClient
 
 
+@pytest.fixture(scope="session")
+def operate() -> Callable[[BlockClient, bytearray, random.Random], None]:
+    """``operate(client, model, rng)``: do something by chance to the device and to its model.
+
+    The device must read as zeroes what was discarded.
+    """
+
+    def operate(client: BlockClient, model: bytearray, rng: random.Random) -> None:
+        nr_sectors = len(model) // SECTOR_BYTES
+        start = rng.randrange(nr_sectors)
+        length = min(rng.choice([1, 2, 7, 8, 64, 513, 2048]), nr_sectors - start)
+        offset, nr_bytes = start * SECTOR_BYTES, length * SECTOR_BYTES
+        what = rng.choice(["read", "read", "write", "write", "write", "clear", "flush"])
+        if what == "read":
+            assert client.read(offset, nr_bytes) == model[offset : offset + nr_bytes]
+        elif what == "write":
+            data = rng.randbytes(nr_bytes)
+            flags = rng.choice([0, 0, os.RWF_DSYNC])
+            assert client.write(offset, data, flags=flags) == nr_bytes
+            model[offset : offset + nr_bytes] = data
+        elif what == "clear":
+            rng.choice([client.discard, client.zero_out])(offset, nr_bytes)
+            model[offset : offset + nr_bytes] = bytes(nr_bytes)
+        else:
+            client.flush()
+
+    return operate
+
+
 @pytest.fixture
 def fio(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """``fio(path, jobs, **globals)`` runs fio's jobs on a device and returns its report.
@@ -446,6 +494,7 @@ def fio(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         report = tmp_path / "fio.json"
         defaults = {"filename": path, "ioengine": "libaio", "direct": 1, "verify_fatal": 1}
+        defaults["allow_file_create"] = 0  # were the device gone, /dev would get a file
         sections = {"global": {**defaults, **options}, **jobs}
         lines = ["[global]", "thread", "stonewall", "group_reporting=0"]
         for name, job in sections.items():

@@ -145,7 +145,7 @@ def test_del_while_fio_runs_ends_fio_with_errors_and_leaves_nothing(
     command = [
         *("fio", "--name=load", f"--filename={dev.block_path}", "--thread", "--direct=1"),
         *("--ioengine=libaio", "--rw=randrw", "--bs=4k", "--iodepth=32", "--size=16m"),
-        *("--time_based", "--runtime=60", "--output-format=terse"),
+        *("--time_based", "--runtime=60", "--allow_file_create=0"),
     ]
     load = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -14,6 +14,7 @@ from ublk_loop.errors import DriverError
 from ublk_loop.target import LoopTarget, NullTarget, RamTarget
 from ublk_loop.uapi import (
     UBLK_F_BATCH_IO,
+    UBLK_F_NEED_GET_DATA,
     UBLK_F_SUPPORT_ZERO_COPY,
     UBLK_F_USER_COPY,
     UBLK_F_ZONED,
@@ -39,13 +40,12 @@ def queue_attr(dev: Device, name: str) -> int:
     return int(Path(f"/sys/block/ublkb{dev.dev_id}/queue/{name}").read_text())
 
 
-@pytest.mark.parametrize("flags", [0, UBLK_F_USER_COPY], ids=["copy", "user_copy"])
 @pytest.mark.parametrize("queue_depth", [1, 2, 4096])
 def test_queue_depth_from_1_to_the_drivers_limit_serves(
-    device, backing_file, fio, queue_depth, flags
+    device, backing_file, fio, queue_depth, transport
 ) -> None:
     path = backing_file(8 * MIB)
-    dev = device(LoopTarget(path), queue_depth=queue_depth, max_io_buf_bytes=64 * KIB, flags=flags)
+    dev = device(LoopTarget(path), queue_depth=queue_depth, max_io_buf_bytes=64 * KIB, **transport)
     assert dev.info.queue_depth == queue_depth
     jobs = {
         rw: {"rw": rw, "bs": "4k", "iodepth": min(queue_depth, 256), "size": 2 * MIB}
@@ -114,7 +114,6 @@ def test_terabytes_are_a_size_too(device, backing_file, open_block, pattern) -> 
         {"dev_id": -2},
         {"flags": UBLK_F_SUPPORT_ZERO_COPY},
         {"flags": UBLK_F_ZONED | UBLK_F_USER_COPY},
-        {"flags": UBLK_F_BATCH_IO},
         {"flags": 1 << 40},
         {"policy": "2015"},
     ],
@@ -124,6 +123,26 @@ def test_bad_option_is_a_value_error_and_leaves_no_device(control, options) -> N
     before = list_dev_ids()
     with pytest.raises(ValueError):
         Device.add(control, NullTarget(MIB), **options)
+    assert list_dev_ids() == before
+
+
+def test_batches_are_used_where_the_driver_offers_them_and_may_be_declined(
+    device, features
+) -> None:
+    offered = features & UBLK_F_BATCH_IO
+    assert device(NullTarget(MIB)).info.flags & UBLK_F_BATCH_IO == offered
+    assert device(NullTarget(MIB), batch=False).info.flags & UBLK_F_BATCH_IO == 0
+    no_batch = {"flags": UBLK_F_NEED_GET_DATA}
+    assert device(NullTarget(MIB), **no_batch).info.flags & UBLK_F_BATCH_IO == 0
+
+
+def test_batches_demanded_and_not_possible_leave_no_device(control, features) -> None:
+    # Where the driver has them, not beside NEED_GET_DATA.
+    options = {"flags": UBLK_F_NEED_GET_DATA} if features & UBLK_F_BATCH_IO else {}
+    before = list_dev_ids()
+    with pytest.raises(DriverError) as refusal:
+        Device.add(control, NullTarget(MIB), batch=True, **options)
+    assert refusal.value.errno in (errno.EINVAL, errno.EOPNOTSUPP)
     assert list_dev_ids() == before
 
 

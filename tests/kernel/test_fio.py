@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -27,17 +28,21 @@ class Kind:
     policy: str
     direct: bool
     nr_hw_queues: int
-    flags: int = 0
+    transport: dict[str, Any] = field(default_factory=dict)
     max_io_buf_bytes: int = 512 * KIB
 
 
 KINDS = {
-    "2014-buffered-1q-copy": Kind("2014", False, 1),
-    "2014-direct-2q-copy": Kind("2014", True, 2, 0, MIB),
-    "2014-buffered-2q-user_copy": Kind("2014", False, 2, UBLK_F_USER_COPY),
-    "2014-direct-1q-need_get_data": Kind("2014", True, 1, UBLK_F_NEED_GET_DATA),
-    "base-buffered-2q-need_get_data": Kind("base", False, 2, UBLK_F_NEED_GET_DATA),
-    "base-direct-1q-user_copy": Kind("base", True, 1, UBLK_F_USER_COPY, MIB),
+    "auto-buffered-1q-copy": Kind("auto", False, 1),
+    "auto-direct-2q-copy": Kind("auto", True, 2, {}, MIB),
+    "auto-buffered-2q-user_copy-no_batch": Kind(
+        "auto", False, 2, {"flags": UBLK_F_USER_COPY, "batch": False}
+    ),
+    "auto-direct-1q-need_get_data": Kind("auto", True, 1, {"flags": UBLK_F_NEED_GET_DATA}),
+    "2014-buffered-2q-user_copy": Kind("2014", False, 2, {"flags": UBLK_F_USER_COPY}),
+    "2014-direct-1q-copy-no_batch": Kind("2014", True, 1, {"batch": False, "poll_us": 0}, MIB),
+    "base-buffered-2q-need_get_data": Kind("base", False, 2, {"flags": UBLK_F_NEED_GET_DATA}),
+    "base-direct-1q-user_copy": Kind("base", True, 1, {"flags": UBLK_F_USER_COPY}),
 }
 
 
@@ -74,8 +79,8 @@ def test_fio_verifies_all_patterns_depths_and_block_sizes(
         LoopTarget(path, direct=kind.direct),
         policy=kind.policy,
         nr_hw_queues=kind.nr_hw_queues,
-        flags=kind.flags,
         max_io_buf_bytes=kind.max_io_buf_bytes,
+        **kind.transport,
     )
     jobs = jobs_for(kind)
     before = [hctx.stats() for hctx in dev.hctxs]

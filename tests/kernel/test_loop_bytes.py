@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 
 import pytest
 
 from ublk_loop.target import LoopTarget
-from ublk_loop.uapi import UBLK_F_NEED_GET_DATA, UBLK_F_USER_COPY
 
 MIB = 1 << 20
 DEV_BYTES = 4 * MIB
-MODES = {"copy": 0, "user_copy": UBLK_F_USER_COPY, "need_get_data": UBLK_F_NEED_GET_DATA}
 # (offset, length): a sector, across pages, across blocks, more than one request, the end.
 RANGES = [
     (0, 512),
@@ -23,11 +22,6 @@ RANGES = [
     (DEV_BYTES - 512, 512),
     (0, 1024),
 ]
-
-
-@pytest.fixture(params=MODES.values(), ids=MODES.keys())
-def flags(request):
-    return request.param
 
 
 @pytest.fixture(params=[False, True], ids=["buffered", "direct"])
@@ -42,13 +36,13 @@ def write_all_ranges(client, pattern, model: bytearray) -> None:
         model[offset : offset + nr_bytes] = data
 
 
-@pytest.mark.parametrize("policy", ["2014", "base"])
+@pytest.mark.parametrize("policy", ["auto", "2014", "base"])
 def test_bytes_written_through_the_device_stand_in_the_backing_file(
-    device, backing_file, ext4_folder, open_block, pattern, flags, direct, policy
+    device, backing_file, ext4_folder, open_block, pattern, transport, direct, policy
 ) -> None:
     model = bytearray(pattern(DEV_BYTES, 99))
     path = backing_file(DEV_BYTES, bytes(model), folder=ext4_folder)
-    dev = device(LoopTarget(path, direct=direct), flags=flags, policy=policy)
+    dev = device(LoopTarget(path, direct=direct), policy=policy, **transport)
     with open_block(dev.block_path, direct=True) as client:
         write_all_ranges(client, pattern, model)
         for offset, nr_bytes in RANGES:
@@ -59,16 +53,32 @@ def test_bytes_written_through_the_device_stand_in_the_backing_file(
 
 
 def test_bytes_of_a_buffered_client_stand_in_the_backing_file_after_its_fsync(
-    device, backing_file, ext4_folder, open_block, pattern, flags, direct
+    device, backing_file, ext4_folder, open_block, pattern, transport, direct
 ) -> None:
     model = bytearray(pattern(DEV_BYTES, 99))
     path = backing_file(DEV_BYTES, bytes(model), folder=ext4_folder)
-    dev = device(LoopTarget(path, direct=direct), flags=flags)
+    dev = device(LoopTarget(path, direct=direct), **transport)
     with open_block(dev.block_path, direct=False) as client:
         write_all_ranges(client, pattern, model)
         client.flush()
         assert path.read_bytes() == model
         assert client.read(0, DEV_BYTES) == model
+
+
+def test_random_operations_equal_a_model(
+    device, backing_file, ext4_folder, open_block, operate, transport, direct
+) -> None:
+    rng = random.Random(f"{transport} {direct}")
+    model = bytearray(DEV_BYTES)
+    path = backing_file(DEV_BYTES + 4096, folder=ext4_folder)
+    target = LoopTarget(path, offset_bytes=4096, direct=direct)
+    dev = device(target, nr_hw_queues=2, max_io_buf_bytes=64 * 1024, **transport)
+    with open_block(dev.block_path) as client:
+        for _ in range(150):
+            operate(client, model, rng)
+        assert client.read(0, DEV_BYTES) == model
+    dev.delete()
+    assert path.read_bytes() == bytes(4096) + model
 
 
 @pytest.mark.parametrize("offset_bytes", [MIB, 4096 + 512])

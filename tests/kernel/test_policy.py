@@ -69,8 +69,9 @@ def held(device):
         target.gate.set()
 
 
-def test_read_overtakes_a_blocked_write_under_2014(held, open_block, wait_until) -> None:
-    target, dev = held("2014")
+@pytest.mark.parametrize("policy", ["auto", "2014"])
+def test_read_overtakes_a_blocked_write(held, open_block, wait_until, policy) -> None:
+    target, dev = held(policy)
     with open_block(dev.block_path) as client, ThreadPoolExecutor() as clients:
         write = clients.submit(client.write, 0, bytes(BLOCK_BYTES))
         wait_until(lambda: ("write", 0) in target.begun)
@@ -96,7 +97,7 @@ def test_read_waits_for_a_blocked_write_under_base(held, open_block, wait_until)
     assert target.most_at_once == 1
 
 
-@pytest.mark.parametrize("policy", ["2014", "base"])
+@pytest.mark.parametrize("policy", ["auto", "2014", "base"])
 def test_writes_and_flushes_run_one_at_a_time_in_order(
     held, open_block, wait_until, policy
 ) -> None:
@@ -117,7 +118,7 @@ def test_writes_and_flushes_run_one_at_a_time_in_order(
     assert writers == [*(("write", offset) for offset in offsets), ("flush", 0)]
 
 
-@pytest.mark.parametrize("policy", ["2014", "base"])
+@pytest.mark.parametrize("policy", ["auto", "2014", "base"])
 def test_writes_that_arrive_in_batches_run_one_at_a_time_in_order(held, fio, policy) -> None:
     target, dev = held(policy)
     target.gate.set()
@@ -181,11 +182,12 @@ def test_native_reads_run_at_once_under_2014_and_one_by_one_under_base(
         assert all(read.result() == bytes(4 * KIB) for read in reads)
 
 
-def test_native_read_overtakes_writes_that_wait_for_the_disk_under_2014(
-    suspendable, device, open_block, run, wait_until
+@pytest.mark.parametrize("policy", ["auto", "2014"])
+def test_native_read_overtakes_a_write_that_waits_for_the_disk(
+    suspendable, device, open_block, run, wait_until, policy
 ) -> None:
-    # Of one page in the cache a buffered read needs no disk; a write with FUA does.
-    dev = device(LoopTarget(suspendable, direct=False))
+    # A buffered read of pages in the cache needs no disk; a write with FUA does.
+    dev = device(LoopTarget(suspendable, direct=False), policy=policy)
     with open_block(dev.block_path) as client, ThreadPoolExecutor(2) as clients:
         assert client.read(0, 4 * KIB) == bytes(4 * KIB)
         run("dmsetup", "suspend", "--noflush", "--nolockfs", suspendable)

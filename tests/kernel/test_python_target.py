@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from ublk_loop.target import RamTarget, Target
-from ublk_loop.uapi import UBLK_F_NEED_GET_DATA, UBLK_F_USER_COPY
 
 KIB = 1 << 10
 MIB = 1 << 20
-MODES = {"copy": 0, "user_copy": UBLK_F_USER_COPY, "need_get_data": UBLK_F_NEED_GET_DATA}
 
 
 class MinimalTarget(Target):
@@ -81,9 +79,8 @@ def queue_attr(dev, name: str) -> int:
     return int(Path(f"/sys/block/ublkb{dev.dev_id}/queue/{name}").read_text())
 
 
-@pytest.mark.parametrize("flags", MODES.values(), ids=MODES.keys())
-def test_ram_target_passes_fio_verification(device, fio, flags) -> None:
-    dev = device(RamTarget(16 * MIB), flags=flags, nr_hw_queues=2)
+def test_ram_target_passes_fio_verification(device, fio, transport) -> None:
+    dev = device(RamTarget(16 * MIB), nr_hw_queues=2, **transport)
     jobs = {
         f"{rw}-{depth}": {"rw": rw, "iodepth": depth, "bsrange": "512-256k", "size": 2 * MIB}
         for rw in ("write", "randwrite")

@@ -126,10 +126,10 @@ def fuse_file(run, tmp_path) -> Iterator[FuseFile]:
     file.close()
 
 
-@pytest.fixture
-def fuse_device(fuse_file, device):
+@pytest.fixture(params=["auto", "2014"])
+def fuse_device(request, fuse_file, device):
     """A device on the FUSE file, quiet before the test begins."""
-    dev = device(LoopTarget(fuse_file.path, direct=False))
+    dev = device(LoopTarget(fuse_file.path, direct=False), policy=request.param)
     fuse_file.calls.clear()
     yield dev
     fuse_file.script.clear()
