@@ -70,11 +70,8 @@ def test_file_cut_and_grown_again_under_the_device_is_read_right(
 
 
 def test_write_across_the_end_of_a_file_cut_inside_a_page_is_not_lost(
-    request, device, backing_file, open_block, pattern, policy
+    device, backing_file, open_block, pattern, policy
 ) -> None:
-    if policy == "auto":
-        # The rest of that page is memory that belongs to nothing: a known limit.
-        request.applymarker(pytest.mark.xfail(strict=True, reason="written by mapping, and lost"))
     path = backing_file(MIB, pattern(MIB))
     dev = device(LoopTarget(path, direct=False), policy=policy)
     with open_block(dev.block_path) as client:

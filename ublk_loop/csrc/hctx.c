@@ -718,12 +718,16 @@ static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 	}
 }
 
-static unsigned int hctx_reap(struct ul_hctx *h)
+static void hctx_reap(struct ul_hctx *h)
 {
+	/* A batch is what is there now: targets ask some things once a batch. */
+	unsigned int nr_ready = io_uring_cq_ready(&h->ring);
 	struct io_uring_cqe *cqe;
 	unsigned int head, nr = 0;
 
 	io_uring_for_each_cqe(&h->ring, head, cqe) {
+		if (nr == nr_ready)
+			break;
 		hctx_handle_cqe(h, cqe);
 		nr++;
 	}
@@ -731,19 +735,16 @@ static unsigned int hctx_reap(struct ul_hctx *h)
 	ul_target_commit_rqs(h->target, h->wq, &h->plug);
 	if (nr)
 		h->stats.nr_batches++;
-	return nr;
 }
 
-static unsigned int hctx_collect(struct ul_hctx *h)
+static void hctx_collect(struct ul_hctx *h)
 {
 	struct ul_request *req = atomic_exchange(&h->done, NULL), *next;
-	unsigned int nr = 0;
 
-	for (; req; req = next, nr++) {
+	for (; req; req = next) {
 		next = req->next;
 		hctx_commit(h, req);
 	}
-	return nr;
 }
 
 /* Something besides the cqes that tell of commits: each is there as soon as

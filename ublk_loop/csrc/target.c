@@ -155,6 +155,7 @@ void ul_plug_init(struct ul_plug *plug)
 {
 	plug->head = NULL;
 	plug->tail = &plug->head;
+	plug->file_bytes = 0;
 }
 
 static void plug_add(struct ul_plug *plug, struct ul_request *req)
@@ -408,9 +409,29 @@ static enum ul_rq_status auto_finish(struct ul_request *req, int32_t res)
 	return UL_RQ_DONE;
 }
 
-static enum ul_rq_status auto_read(struct ul_target *t, struct ul_request *req)
+/*
+ * Whether the mapping may serve a request: not behind the end of a file that
+ * was cut inside a page, where memory takes a write and the file does not.
+ * Asked once a batch: its requests were all sent before, so a cut that comes
+ * later than the question comes after them.
+ */
+static bool auto_may_map(const struct ul_target *t, struct ul_plug *plug,
+			 const struct ul_request *req)
 {
-	if (t->map &&
+	if (!t->map)
+		return false;
+	if (!plug->file_bytes) {
+		off_t end = lseek(t->config.fd, 0, SEEK_END);
+
+		plug->file_bytes = end > 0 ? end : 0;
+	}
+	return ul_target_pos(t, req) + req->nr_bytes <= plug->file_bytes;
+}
+
+static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
+				   struct ul_request *req)
+{
+	if (auto_may_map(t, plug, req) &&
 	    ul_map_read(t->map, req->offset_bytes, req->buffer, req->nr_bytes))
 		return auto_finish(req, req->nr_bytes);
 	switch (t->cold) {
@@ -423,7 +444,8 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_request *req)
 	}
 }
 
-static enum ul_rq_status auto_write(struct ul_target *t, struct ul_request *req)
+static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
+				    struct ul_request *req)
 {
 	if (req->op_flags & UBLK_IO_F_FUA)
 		return UL_RQ_QUEUED;
@@ -431,8 +453,9 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_request *req)
 	if (req->res)
 		return UL_RQ_DONE;
 	req->copied_in = true;
-	if (t->map && ul_map_write(t->map, req->offset_bytes, req->buffer,
-				   req->nr_bytes)) {
+	if (auto_may_map(t, plug, req) &&
+	    ul_map_write(t->map, req->offset_bytes, req->buffer,
+			 req->nr_bytes)) {
 		req->res = req->nr_bytes;
 		return UL_RQ_DONE;
 	}
@@ -446,15 +469,16 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_request *req)
 }
 
 static enum ul_rq_status target_queue_auto(struct ul_target *t,
+					   struct ul_plug *plug,
 					   struct ul_request *req)
 {
 	if (t->config.kind != UL_TARGET_LOOP)
 		return UL_RQ_QUEUED;
 	switch (req->op) {
 	case UBLK_IO_OP_READ:
-		return auto_read(t, req);
+		return auto_read(t, plug, req);
 	case UBLK_IO_OP_WRITE:
-		return auto_write(t, req);
+		return auto_write(t, plug, req);
 	default:
 		return UL_RQ_QUEUED;
 	}
@@ -478,7 +502,7 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 		return auto_finish(req, req->res);
 	}
 	if (t->config.policy == UL_POLICY_AUTO)
-		status = target_queue_auto(t, req);
+		status = target_queue_auto(t, plug, req);
 	if (status == UL_RQ_QUEUED)
 		ul_target_queue_work(t, wq, plug, req);
 	return status;
@@ -489,6 +513,7 @@ void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,
 {
 	bool start;
 
+	plug->file_bytes = 0;
 	if (!plug->head)
 		return;
 	pthread_mutex_lock(&t->ordered_lock);

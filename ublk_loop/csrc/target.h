@@ -41,10 +41,12 @@ enum ul_rq_status {
 	UL_RQ_ASYNC,	/* buffer <-> file: the hctx's ring is to do it */
 };
 
-/* A hctx's writes of one batch, in order, on their way to the ordered list. */
+/* What a hctx and a target keep for the length of one batch: the writes that
+ * are on their way to the ordered list, in order. */
 struct ul_plug {
 	struct ul_request	*head;
 	struct ul_request	**tail;
+	uint64_t		file_bytes;	/* policy auto; 0: not asked */
 };
 
 static inline bool ul_op_has_data(uint8_t op)
