@@ -668,15 +668,22 @@ class Control:
         }
         cmd = ffi.new("struct ul_control_cmd *", fields)
         was_interrupted = False
+        refusal = -errno.ETIMEDOUT
         while True:
             result, reply = self._run(cmd, path + payload, deadline)
+            if result == -errno.ETIMEDOUT:
+                return refusal, b""
             if was_interrupted and result == -done_after_eintr:
                 result = 0
             if result not in (-errno.EINTR, -retry_while):
                 return result, reply[len(path) :]
+            if result == -errno.EINTR:
+                was_interrupted = True
+            else:
+                # What there is to say if the deadline finds the command under way once more.
+                refusal = result
             if time.monotonic() >= deadline:
-                return -errno.ETIMEDOUT if result == -errno.EINTR else result, b""
-            was_interrupted |= result == -errno.EINTR
+                return refusal, b""
             time.sleep(BUSY_POLL_S)
 
     def _run(self, cmd: ul_control_cmd, payload: bytes, deadline: float) -> tuple[int, bytes]:
