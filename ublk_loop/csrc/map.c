@@ -135,8 +135,8 @@ static void map_ask(struct ul_map *m, uint64_t word)
 				 memory_order_relaxed);
 }
 
-static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
-			    uint64_t nr_bytes)
+bool ul_map_is_resident(struct ul_map *m, uint64_t offset_bytes,
+			uint64_t nr_bytes)
 {
 	uint64_t last;
 
@@ -237,7 +237,7 @@ void ul_map_destroy(struct ul_map *m)
 bool ul_map_read(struct ul_map *m, uint64_t offset_bytes, void *buffer,
 		 uint64_t nr_bytes)
 {
-	if (!map_is_resident(m, offset_bytes, nr_bytes))
+	if (!ul_map_is_resident(m, offset_bytes, nr_bytes))
 		return false;
 	map_check_faults(m);
 	return map_copy(buffer, m->bytes + m->lead_bytes + offset_bytes,
@@ -247,7 +247,7 @@ bool ul_map_read(struct ul_map *m, uint64_t offset_bytes, void *buffer,
 bool ul_map_write(struct ul_map *m, uint64_t offset_bytes, const void *buffer,
 		  uint64_t nr_bytes)
 {
-	if (!map_is_resident(m, offset_bytes, nr_bytes))
+	if (!ul_map_is_resident(m, offset_bytes, nr_bytes))
 		return false;
 	map_check_faults(m);
 	return map_copy(m->bytes + m->lead_bytes + offset_bytes, buffer,

@@ -21,6 +21,9 @@ bool ul_map_read(struct ul_map *map, uint64_t offset_bytes, void *buffer,
 		 uint64_t nr_bytes);
 bool ul_map_write(struct ul_map *map, uint64_t offset_bytes, const void *buffer,
 		  uint64_t nr_bytes);
+/* Whether a copy would need no I/O, as far as is known. */
+bool ul_map_is_resident(struct ul_map *map, uint64_t offset_bytes,
+			uint64_t nr_bytes);
 /* A range was punched or zeroed: look again before the next copy. */
 void ul_map_forget(struct ul_map *map, uint64_t offset_bytes,
 		   uint64_t nr_bytes);

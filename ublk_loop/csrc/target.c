@@ -13,8 +13,10 @@
  * of a file of the page cache is copied from or to its mapping (map.c).  A cold
  * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
  * file system can do that without one of io_uring's own threads; in memory
- * (tmpfs) it is done inline.  Everything else goes the way of 2014: writes that
- * allocate or must read first, flushes, discards, all of a network file system.
+ * (tmpfs) it is done inline.  A write is copied to the mapping in memory only;
+ * on a disk it is an inline pwrite if it overwrites resident pages.  Everything
+ * else goes the way of 2014: writes that allocate or must read first, flushes,
+ * discards, all of a network file system.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
@@ -447,19 +449,27 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 				    struct ul_request *req)
 {
+	bool is_resident = false;
+
 	if (req->op_flags & UBLK_IO_F_FUA)
 		return UL_RQ_QUEUED;
 	req->res = ul_hctx_copy_in(req);
 	if (req->res)
 		return UL_RQ_DONE;
 	req->copied_in = true;
-	if (auto_may_map(t, plug, req) &&
-	    ul_map_write(t->map, req->offset_bytes, req->buffer,
-			 req->nr_bytes)) {
-		req->res = req->nr_bytes;
-		return UL_RQ_DONE;
+	if (auto_may_map(t, plug, req)) {
+		if (t->cold == COLD_INLINE &&
+		    ul_map_write(t->map, req->offset_bytes, req->buffer,
+				 req->nr_bytes)) {
+			req->res = req->nr_bytes;
+			return UL_RQ_DONE;
+		}
+		/* A mapped write would make a disk's file system prepare all
+		 * of a large folio for each page (ext4, v7.3). */
+		is_resident = ul_map_is_resident(t->map, req->offset_bytes,
+						 req->nr_bytes);
 	}
-	if (t->cold == COLD_INLINE) {
+	if (t->cold == COLD_INLINE || is_resident) {
 		req->res = loop_write(t, req);
 		return UL_RQ_DONE;
 	}
