@@ -45,14 +45,11 @@ run() {
 }
 
 add() {
-    printf '$ ublk add -t loop -f disk.img\n'
-    ublk add -t loop -f disk.img --json >"$work/added" 2>"$work/stderr" ||
-        fail "$(tail -n 1 "$work/stderr")"
-    dev_id=$(field dev_id) && node=$(field block_device) || fail "ublk add printed no JSON"
-    run ublk list -n "$dev_id"
+    run ublk add -t loop -f disk.img | tee "$work/added"
+    dev_id=$(sed -n 's/^dev id \([0-9]*\):.*/\1/p' "$work/added")
+    [ -n "$dev_id" ] || exit 1
+    node=/dev/ublkb$dev_id
 }
-
-field() { python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" <"$work/added"; }
 
 del() {
     run ublk del -n "$dev_id"
