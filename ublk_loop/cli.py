@@ -255,7 +255,7 @@ def add(**given: Any) -> None:
       ublk add -t loop -f disk.img -q 2 -d 64 --buffered_io
       ublk add -t null
     """
-    from . import server
+    from . import launch, server
 
     request = server.Request(
         options=DeviceOptions(
@@ -273,7 +273,7 @@ def add(**given: Any) -> None:
     if given["foreground"]:
         _serve_here(request, given["as_json"])
     else:
-        _show(server.launch(request, _describe), given["as_json"])
+        _show(launch.launch(request, _describe), given["as_json"])
 
 
 def _whole_pages(nr_bytes: int) -> int:
@@ -477,11 +477,11 @@ def recover(dev_id: int, as_json: bool) -> None:
     Example:
       ublk recover -n 0
     """
-    from . import manage, server
+    from . import launch, manage, server
 
     known = manage.recoverable(dev_id)
     request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
-    _show(server.launch(request, _describe), as_json)
+    _show(launch.launch(request, _describe), as_json)
 
 
 # ---- features, set_affinity, help ----

@@ -74,6 +74,10 @@ class ServerProcess:
             return None
         return found
 
+    def fileno(self) -> int:
+        """Return the pidfd, which is readable once the process has ended."""
+        return self._pidfd
+
     def wait(self, timeout_s: float) -> bool:
         """Wait for the process to end; False if it still runs then."""
         poller = select.poll()

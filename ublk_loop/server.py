@@ -1,15 +1,12 @@
-"""The process that serves one device, and the start of it.
+"""The process that serves one device.
 
-    launch()  the caller's side: fork the server, wait until its device is live, or say why not
-    serve()   the server's side, and all of a foreground server:
-              target, hardening, add or recover, state file, live; wait; stop, delete
+    server_main()  a forked server: leave the parent's session and files, serve, report to it
+    serve()        all of a server, forked or in the foreground:
+                   target, hardening, add or recover, state file, live; wait; stop, delete
 
-The server reports to its launcher through a pipe, one JSON object a line: ``added`` (a dev_id now
-exists), then ``live`` or ``error``. Until it is live its stderr goes to a memfd, whose end the
-launcher quotes if the server crashes; from then on to the journal, or to a file beside the state.
-
-launch() runs in the CLI and must come before the first thread or ring. serve() runs on the server's
-main thread, waits in Python and never touches a request.
+Its parent, and the reports: launch.py. Until the device is live stderr goes to the parent's memfd,
+from then on to the journal, or to a file beside the state. Runs on the server's main thread, waits
+in Python and never touches a request.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import io
-import json
 import logging
 import os
 import select
@@ -26,13 +22,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import listing, process, state, uapi
-from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
-from .process import ServerProcess
+from . import listing, process, protocol, state, uapi
+from .errors import DaemonError, DriverError, UblkLoopError
 from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
 
 if TYPE_CHECKING:
@@ -42,16 +37,16 @@ if TYPE_CHECKING:
     from .target import Target
 
     Describe = Callable[[DevInfo, Params, DeviceState], Any]
+    OnAdded = Callable[[int, int], None]
+    OnLive = Callable[[int, Any], None]
+    Serve = Callable[[OnAdded, OnLive], None]
 
 ADD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 NODE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 30.0
-LAUNCH_TIMEOUT_S = ADD_TIMEOUT_S + START_TIMEOUT_S + NODE_TIMEOUT_S + 10
-NR_LAST_WORDS = 5
 
 _JOURNAL_PATH = "/run/systemd/journal/stdout"
-_ERRORS = (BackingFileError, DaemonError, DriverError, UblkLoopError)
 
 _log = logging.getLogger(__name__)
 
@@ -70,146 +65,6 @@ class Request:
         """What is attempted, for messages."""
         verb = "recover" if self.recover else "add"
         return f"{verb} dev {self.dev_id}" if self.dev_id >= 0 else verb
-
-
-# ---- the caller's side ----
-
-
-def launch(request: Request, describe: Describe, timeout_s: float = LAUNCH_TIMEOUT_S) -> Any:
-    """Fork a server, wait until its device is live and return what ``describe`` said of it.
-
-    ``describe`` runs in the server. If this raises, no device, process or state file is left (of a
-    recovery: the device waits for the next one).
-
-    :raises UblkLoopError: what stopped the server.
-    :raises ValueError: arguments that the server found bad, before anything changed.
-    :raises DaemonError: ESRCH if the server died, with its last words; ETIMEDOUT.
-    """
-    report_fd, server_fd = os.pipe2(os.O_CLOEXEC)
-    words_fd = os.memfd_create("ublk-log", os.MFD_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        _server_main(request, describe, server_fd, words_fd)
-    os.close(server_fd)
-    launched = _Launched(request, pid, report_fd, words_fd)
-    try:
-        return launched.wait_live(time.monotonic() + timeout_s)
-    except BaseException:
-        launched.abandon()
-        raise
-    finally:
-        os.close(report_fd)
-        os.close(words_fd)
-
-
-class _Launched:
-    """A server on its way to live, seen from its launcher, which is also its parent."""
-
-    def __init__(self, request: Request, pid: int, report_fd: int, words_fd: int) -> None:
-        self._request = request
-        self._pid = pid
-        self._report_fd = report_fd
-        self._words_fd = words_fd
-        self._added: dict[str, int] = {}
-        self._status: int | None = None
-
-    def wait_live(self, deadline: float) -> Any:
-        for report in self._reports(deadline):
-            if "added" in report:
-                self._added = report["added"]
-            elif "live" in report:
-                return report["live"]
-            elif "error" in report:
-                raise _unpack_error(report["error"])
-        self._reap(5)
-        raise DaemonError(errno.ESRCH, self._request.what, self._obituary())
-
-    def abandon(self) -> None:
-        # The server tears down by itself when asked; if it cannot, its launcher does.
-        with contextlib.suppress(ProcessLookupError):
-            if self._status is None:
-                os.kill(self._pid, signal.SIGTERM)
-        if not self._reap(2 * STOP_TIMEOUT_S):
-            os.kill(self._pid, signal.SIGKILL)
-            self._reap(5)
-        crashed = self._status is None or self._status < 0
-        if crashed and self._added and not self._request.recover:
-            forget_device(**self._added)
-
-    def _reports(self, deadline: float) -> Iterator[dict[str, Any]]:
-        poller = select.poll()
-        poller.register(self._report_fd, select.POLLIN)
-        pending = b""
-        while True:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not poller.poll(left_s * 1000):
-                hint = f"the server (pid {self._pid}) did not report{self._words()}"
-                raise DaemonError(errno.ETIMEDOUT, self._request.what, hint)
-            data = os.read(self._report_fd, 65536)
-            if not data:
-                return
-            *lines, pending = (pending + data).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
-
-    def _reap(self, timeout_s: float) -> bool:
-        if self._status is None and (server := ServerProcess.find(self._pid)) is not None:
-            with server:
-                if not server.wait(timeout_s):
-                    return False
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        return True
-
-    def _obituary(self) -> str:
-        status = self._status
-        if status is None:
-            how = "closed its pipe and lives on"
-        elif status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
-        else:
-            how = f"ended with status {status}"
-        return f"the server (pid {self._pid}) {how} before the device was live{self._words()}"
-
-    def _words(self) -> str:
-        text = os.pread(self._words_fd, 1 << 20, 0).decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return "".join(f"; {line}" for line in lines[-NR_LAST_WORDS:])
-
-
-def forget_device(dev_id: int, sysfs_ino: int) -> None:
-    """Stop and delete what a dead server of ours left, as far as it goes."""
-    from .control import Control
-
-    if listing.sysfs_ino(dev_id) != sysfs_ino:
-        return
-    with contextlib.suppress(OSError), Control() as control:
-        for step in (control.stop_dev, control.del_dev):
-            with contextlib.suppress(OSError):
-                step(dev_id)
-    state.remove(dev_id)
-
-
-def _pack_error(error: Exception) -> dict[str, Any]:
-    if isinstance(error, UblkLoopError):
-        return {
-            "type": type(error).__name__,
-            "errno": error.errno,
-            "what": error.what,
-            "hint": error.hint,
-        }
-    return {"type": type(error).__name__, "text": str(error)}
-
-
-def _unpack_error(packed: dict[str, Any]) -> Exception:
-    for kind in _ERRORS:
-        if packed["type"] == kind.__name__:
-            return kind(packed["errno"], packed["what"], packed["hint"])
-    if packed["type"] == "ValueError":
-        return ValueError(packed["text"])
-    return DaemonError(errno.EIO, "server", f"{packed['type']}: {packed['text']}")
-
-
-# ---- the server's side ----
 
 
 def check_flags(flags: int, supported: int, features: int) -> None:
@@ -426,25 +281,37 @@ class _Events:
 # ---- the server as a daemon ----
 
 
-def _server_main(request: Request, describe: Describe, report_fd: int, words_fd: int) -> NoReturn:
+def server_main(
+    serve: Serve, what: str, is_recovery: bool, report_fd: int, words_fd: int
+) -> NoReturn:
+    """Be the server that was just forked: ``serve``, and report to the parent.
+
+    :param report_fd: where the reports go.
+    :param words_fd: where stderr goes until the device is live.
+    :param is_recovery: go on if the parent is gone: nobody else serves the device.
+    """
     # Never returns into the caller's code: its atexit handlers and buffers are not ours.
     status = 1
     try:
         report_fd = _detach(report_fd, words_fd)
-        status = _serve_and_report(request, describe, report_fd)
+        status = _serve_and_report(serve, what, is_recovery, report_fd)
     except BaseException:
         _log.exception("server failed")
     finally:
         os._exit(status)
 
 
-def _serve_and_report(request: Request, describe: Describe, report_fd: int) -> int:
+def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int) -> int:
     live = False
 
-    def report(**what: Any) -> None:
-        data = json.dumps(what).encode() + b"\n"
-        while data:
-            data = data[os.write(report_fd, data) :]
+    def report(**report: Any) -> None:
+        data = protocol.pack_report(**report)
+        try:
+            while data:
+                data = data[os.write(report_fd, data) :]
+        except BrokenPipeError:
+            if not is_recovery:
+                raise
 
     def on_live(dev_id: int, description: Any) -> None:
         nonlocal live
@@ -457,14 +324,16 @@ def _serve_and_report(request: Request, describe: Describe, report_fd: int) -> i
         report(added={"dev_id": dev_id, "sysfs_ino": sysfs_ino})
 
     try:
-        serve(request, describe, on_added, on_live)
+        serve(on_added, on_live)
     except BrokenPipeError:
-        _log.error("%s: given up, nobody waits for it", request.what)
-    except (UblkLoopError, ValueError) as error:
+        _log.error("%s: given up, nobody waits for it", what)
+    except Exception as error:
+        if not live:
+            report(error=protocol.pack_error(error))
+        if not isinstance(error, UblkLoopError | ValueError):
+            raise
         if live:
             _log.error("%s", error)
-        else:
-            report(error=_pack_error(error))
     else:
         return 0
     return 1
@@ -472,6 +341,10 @@ def _serve_and_report(request: Request, describe: Describe, report_fd: int) -> i
 
 def _detach(report_fd: int, words_fd: int) -> int:
     """Leave the caller's session, files and folder; return the report's new fd."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     os.setsid()
     os.chdir("/")
     os.umask(0o077)

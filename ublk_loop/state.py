@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 from .errors import DaemonError
+from .paths import state_dir as state_dir
 
 VERSION = 1
 MAX_NR_BYTES = 1 << 20
@@ -81,16 +82,6 @@ class DeviceState:
     spec: TargetSpec
     target: Json
     queues: tuple[QueueState, ...]
-
-
-def state_dir() -> str:
-    """Return the folder of the state files: UBLK_LOOP_STATE_DIR, /run/ublk, or the user's own."""
-    chosen = os.environ.get("UBLK_LOOP_STATE_DIR")
-    if chosen:
-        return os.path.abspath(chosen)
-    if os.geteuid() == 0:
-        return "/run/ublk"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}", "ublk")
 
 
 def state_path(dev_id: int) -> str:
@@ -181,13 +172,8 @@ def parse(data: bytes) -> DeviceState:
 
     :raises ValueError: what is wrong with it, one sentence, for a person.
     """
-    if len(data) > MAX_NR_BYTES:
-        raise ValueError(f"it is larger than {MAX_NR_BYTES} bytes")
-    try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON: {error}") from error
-    fields = _Fields("the file", document, "version", *DeviceState.__dataclass_fields__)
+    document = parse_json(data, MAX_NR_BYTES)
+    fields = Fields("the file", document, "version", *DeviceState.__dataclass_fields__)
     if fields.integer("version", 0, 1 << 31) != VERSION:
         raise ValueError(f"its version is not {VERSION}")
     return DeviceState(
@@ -203,7 +189,7 @@ def parse(data: bytes) -> DeviceState:
 
 
 def _parse_options(value: JsonValue) -> DeviceOptions:
-    fields = _Fields("options", value, *DeviceOptions.__dataclass_fields__)
+    fields = Fields("options", value, *DeviceOptions.__dataclass_fields__)
     return DeviceOptions(
         nr_hw_queues=fields.integer("nr_hw_queues", 1, MAX_NR_HW_QUEUES),
         queue_depth=fields.integer("queue_depth", 1, MAX_QUEUE_DEPTH),
@@ -216,7 +202,7 @@ def _parse_options(value: JsonValue) -> DeviceOptions:
 
 
 def _parse_spec(value: JsonValue) -> TargetSpec:
-    fields = _Fields("spec", value, *TargetSpec.__dataclass_fields__)
+    fields = Fields("spec", value, *TargetSpec.__dataclass_fields__)
     spec = TargetSpec(
         type=fields.choice("type", TARGET_TYPES),
         path=fields.text("path"),
@@ -240,7 +226,7 @@ def _parse_queues(value: JsonValue) -> tuple[QueueState, ...]:
 
 
 def _parse_queue(value: JsonValue) -> QueueState:
-    fields = _Fields("a queue", value, *QueueState.__dataclass_fields__)
+    fields = Fields("a queue", value, *QueueState.__dataclass_fields__)
     cpus = fields.value("affinity")
     if not isinstance(cpus, list) or not all(
         type(cpu) is int and 0 <= cpu < MAX_NR_CPUS for cpu in cpus
@@ -253,7 +239,21 @@ def _parse_queue(value: JsonValue) -> QueueState:
     )
 
 
-class _Fields:
+def parse_json(data: bytes, max_nr_bytes: int) -> JsonValue:
+    """Return the value that ``data`` holds.
+
+    :raises ValueError: it is longer than ``max_nr_bytes``, or no JSON; one sentence.
+    """
+    if len(data) > max_nr_bytes:
+        raise ValueError(f"it is larger than {max_nr_bytes} bytes")
+    try:
+        value: JsonValue = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    return value
+
+
+class Fields:
     """The members of one JSON object: exactly the given names, each of the type asked for."""
 
     def __init__(self, where: str, value: JsonValue, *names: str) -> None:

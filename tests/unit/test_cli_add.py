@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ublk_loop import cli, server, uapi
+from ublk_loop import launch as launching
 from ublk_loop.errors import BackingFileError, DaemonError, DriverError
 from ublk_loop.server import Request
 
@@ -28,7 +29,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         seen.append(request)
         return DESCRIPTION
 
-    monkeypatch.setattr(server, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return seen
 
 
@@ -198,7 +199,7 @@ def test_add_prints_one_line_and_exits_with_1_when_the_server_fails(
     def launch(*_: object) -> object:
         raise error
 
-    monkeypatch.setattr(server, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     result = ublk("add", "-t", "null")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", line)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from ublk_loop import process, server, state
+from ublk_loop import launch as launching
+from ublk_loop import process, protocol, server, state
 from ublk_loop.errors import BackingFileError, DaemonError
 from ublk_loop.server import Request
 from ublk_loop.state import DeviceOptions, TargetSpec
@@ -38,7 +39,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Serve], Any]:
 
     def run(serve: Serve, timeout_s: float = 10) -> Any:
         monkeypatch.setattr(server, "serve", serve)
-        return server.launch(REQUEST, lambda *_: None, timeout_s)
+        return launching.launch(REQUEST, lambda *_: None, timeout_s)
 
     return run
 
@@ -131,17 +132,14 @@ def test_launch_ends_the_server_when_its_caller_is_interrupted(
     assert _no_child_is_left()
 
 
-def test_server_gives_up_when_nobody_waits_for_it(
-    launch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_gives_up_when_nobody_waits_for_it() -> None:
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
 
-    def serve(request: object, describe: object, on_added: Any, on_live: Any) -> None:
+    def serve(on_added: Any, on_live: Any) -> None:
         on_added(1, 0)
 
-    monkeypatch.setattr(server, "serve", serve)
-    assert server._serve_and_report(REQUEST, lambda *_: None, write_fd) == 1
+    assert server._serve_and_report(serve, "add", False, write_fd) == 1
     os.close(write_fd)
 
 
@@ -225,8 +223,8 @@ def test_server_logs_to_the_journal_when_there_is_one(
 
 def test_error_crosses_the_pipe_unchanged() -> None:
     for error in (DaemonError(errno.EPERM, "a", "b"), BackingFileError(errno.EIO, "c")):
-        packed = json.loads(json.dumps(server._pack_error(error)))
-        again = server._unpack_error(packed)
+        packed = json.loads(json.dumps(protocol.pack_error(error)))
+        again = protocol.unpack_error(packed)
         assert type(again) is type(error)
         assert str(again) == str(error)
 

@@ -1,0 +1,180 @@
+"""The messages between the CLI and the daemon, and between a server and who started it.
+
+    CLI -> daemon     one request a connection: Add, Recover, Status, Stop
+    daemon -> CLI     one Reply
+    server -> parent  reports, until the device is live: added, then live or error
+
+Each is a JSON object on a line of its own. What comes in is checked whole: exactly the members that
+the message has, each of its type and range, and no longer than a limit; anything else is a
+ValueError of one sentence. Plain dataclasses and the checks of the state files do that: a library
+would be one more import in a process that forks, for six messages. Pure; runs everywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
+from .state import MAX_DEV_ID, Fields, Json, JsonValue, parse_json
+
+MAX_REQUEST_BYTES = 256 << 10
+MAX_REPLY_BYTES = 16 << 20
+MAX_WORDS = 256
+MAX_WORD_BYTES = 8192
+
+EXIT_DO_IT_YOURSELF = -1  # of a Reply: the daemon sees other files than its client
+
+_ERRORS = (BackingFileError, DaemonError, DriverError, UblkLoopError)
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add a device: the words behind ``ublk add``, and what else they depend on."""
+
+    words: tuple[str, ...]
+    cwd: str = "/"
+    two_lines: bool = False
+
+
+@dataclass(frozen=True)
+class Recover:
+    """Start a server for a device that waits for one."""
+
+    dev_id: int
+    as_json: bool = False
+    two_lines: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """Tell of the daemon and its devices."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the daemon; the devices are served on."""
+
+
+Request: TypeAlias = "Add | Recover | Status | Stop"
+_COMMANDS: dict[str, type[Request]] = {
+    "add": Add,
+    "recover": Recover,
+    "status": Status,
+    "stop": Stop,
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the CLI does with the answer: print ``out`` and ``err``, and exit."""
+
+    exit_code: int = 0
+    out: str = ""
+    err: str = ""
+    document: Json | None = None
+
+
+def pack_request(request: Request) -> bytes:
+    """Return the line that is ``request``."""
+    [name] = [name for name, kind in _COMMANDS.items() if type(request) is kind]
+    return _pack({"command": name, **asdict(request)})
+
+
+def parse_request(line: bytes) -> Request:
+    """Return the request that ``line`` holds.
+
+    :raises ValueError: what is wrong with it, one sentence.
+    """
+    document = parse_json(line, MAX_REQUEST_BYTES)
+    if not isinstance(document, dict):
+        raise ValueError("it is not an object")
+    name = document.pop("command", None)
+    kind = _COMMANDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError("command is none of " + ", ".join(_COMMANDS))
+    fields = Fields(f"command {name}", document, *kind.__dataclass_fields__)
+    if kind is Add:
+        return Add(_parse_words(fields), _parse_cwd(fields), fields.boolean("two_lines"))
+    if kind is Recover:
+        return Recover(
+            fields.integer("dev_id", 0, MAX_DEV_ID),
+            fields.boolean("as_json"),
+            fields.boolean("two_lines"),
+        )
+    return Stop() if kind is Stop else Status()
+
+
+def _parse_words(fields: Fields) -> tuple[str, ...]:
+    words = fields.value("words")
+    if not isinstance(words, list) or len(words) > MAX_WORDS:
+        raise ValueError(f"words is not a list of at most {MAX_WORDS}")
+    return tuple(_parse_word(word) for word in words)
+
+
+def _parse_word(word: JsonValue) -> str:
+    if not isinstance(word, str) or "\0" in word or len(word) > MAX_WORD_BYTES:
+        raise ValueError(f"a word is not a text of at most {MAX_WORD_BYTES} characters")
+    return word
+
+
+def _parse_cwd(fields: Fields) -> str:
+    cwd = _parse_word(fields.text("cwd"))
+    if not cwd.startswith("/"):
+        raise ValueError("cwd is not absolute")
+    return cwd
+
+
+def pack_reply(reply: Reply) -> bytes:
+    """Return the line that is ``reply``."""
+    return _pack(asdict(reply))
+
+
+def parse_reply(line: bytes) -> Reply:
+    """Return the reply that ``line`` holds.
+
+    :raises ValueError: what is wrong with it, one sentence.
+    """
+    fields = Fields("the reply", parse_json(line, MAX_REPLY_BYTES), *Reply.__dataclass_fields__)
+    return Reply(
+        exit_code=fields.integer("exit_code", EXIT_DO_IT_YOURSELF, 255),
+        out=fields.text("out"),
+        err=fields.text("err"),
+        document=None if fields.value("document") is None else fields.mapping("document"),
+    )
+
+
+# ---- reports of a server to its parent ----
+
+
+def pack_report(**report: Any) -> bytes:
+    """Return the line that is a report."""
+    return _pack(report)
+
+
+def pack_error(error: Exception) -> dict[str, Any]:
+    """Return an exception as a report carries it."""
+    if isinstance(error, UblkLoopError):
+        return {
+            "type": type(error).__name__,
+            "errno": error.errno,
+            "what": error.what,
+            "hint": error.hint,
+        }
+    return {"type": type(error).__name__, "text": str(error)}
+
+
+def unpack_error(packed: dict[str, Any]) -> Exception:
+    """Return the exception that :func:`pack_error` packed, as far as the caller knows its type."""
+    for kind in _ERRORS:
+        if packed["type"] == kind.__name__:
+            return kind(packed["errno"], packed["what"], packed["hint"])
+    if packed["type"] in ("ValueError", "UsageError"):
+        return ValueError(packed["text"])
+    return DaemonError(errno.EIO, "server", f"{packed['type']}: {packed['text']}")
+
+
+def _pack(document: Any) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
