@@ -12,12 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from . import __version__, listing, state, uapi
-from .errors import DaemonError, DriverError, UblkLoopError
+from .errors import BusyError, DaemonError, DriverError, UblkLoopError
 from .state import DeviceOptions, DeviceState, TargetSpec
 
 if TYPE_CHECKING:
@@ -380,33 +382,66 @@ def _serve_here(request: Any, as_json: bool) -> None:
 @number_option(required=False)
 @click.option("-a", "--all", "everything", is_flag=True, help="Delete every device.")
 @click.option("--async", "no_wait", is_flag=True, help="Do not wait until the device is gone.")
-def delete(dev_id: int | None, everything: bool, no_wait: bool) -> None:
-    """Stop a device and delete it; requests in flight fail.
+@click.option(
+    "--force",
+    is_flag=True,
+    envvar="UBLK_LOOP_DEL_FORCE",
+    help="Also a device that is in use: what is not written back is lost.",
+)
+@click.option("--lazy", is_flag=True, help="One that is in use: as soon as it is not.")
+@click.option("--json", "as_json", is_flag=True, help="What was done, and who uses what was not.")
+def delete(
+    dev_id: int | None, everything: bool, no_wait: bool, force: bool, lazy: bool, as_json: bool
+) -> None:
+    """Stop a device and delete it, unless it is in use; say then who uses it.
 
     \b
     Examples:
       ublk del -n 0
-      ublk del -a
+      ublk del -n 0 --lazy
+      ublk del -a --force
     """
     if everything == (dev_id is not None):
         raise click.UsageError("say -n DEV_ID, or -a for every device")
-    from . import manage
+    if lazy and force and _came_from_command_line("force"):
+        raise click.UsageError("--lazy and --force exclude each other")
     from .control import list_dev_ids
 
-    if dev_id is not None:
-        for note in manage.delete(dev_id, no_wait=no_wait):
-            click.echo(f"ublk: {note}", err=True)
-        return
-    nr_failed = 0
-    for each in list_dev_ids():
-        try:
-            for note in manage.delete(each, no_wait=no_wait):
-                click.echo(f"ublk: {note}", err=True)
-        except UblkLoopError as error:
-            nr_failed += 1
-            click.echo(f"ublk: {error}", err=True)
-    if nr_failed:
+    dev_ids = list_dev_ids() if dev_id is None else [dev_id]
+    done = [_delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+    if any(one["error"] for one in done):
         sys.exit(1)
+
+
+def _came_from_command_line(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
+
+
+def _delete_one(dev_id: int, *, no_wait: bool, force: bool, lazy: bool) -> dict[str, Any]:
+    from . import lazy as lazily
+    from . import manage
+
+    done: dict[str, Any] = {"dev_id": dev_id, "deleted": False, "error": None, "holders": []}
+    try:
+        for note in manage.delete(dev_id, no_wait=no_wait, force=force and not lazy):
+            click.echo(f"ublk: {note}", err=True)
+        done["deleted"] = True
+    except BusyError as error:
+        done["holders"] = [asdict(holder) for holder in error.holders]
+        if lazy:
+            pid = lazily.start_waiter(dev_id)
+            who = f"process {pid} waits for that" if pid else "a process waits for that already"
+            click.echo(f"ublk: dev {dev_id} is deleted once nobody uses it; {who}", err=True)
+            return done
+        done["error"] = str(error)
+        click.echo("\n\t".join([f"ublk: {error}", *map(str, error.holders)]), err=True)
+    except UblkLoopError as error:
+        done["error"] = str(error)
+        click.echo(f"ublk: {error}", err=True)
+    return done
 
 
 # ---- list ----

@@ -6,8 +6,13 @@ these: it is a negative errno, committed for its tag. Bad arguments are ValueErr
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .holders import Holder
 
 
 class UblkLoopError(OSError):
@@ -39,6 +44,20 @@ class DriverError(UblkLoopError):
     """The driver or io_uring refused a command."""
 
 
+class BusyError(DriverError):
+    """A device is in use, and was left as it is; ``holders`` are those that could be seen."""
+
+    def __init__(self, what: str, holders: Sequence[Holder]) -> None:
+        first = str(holders[0]) if holders else "in use by the kernel, or by what you may not see"
+        more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
+        hint = f"{first}{more}: unmount or close it first, or use --lazy or --force"
+        super().__init__(errno.EBUSY, what, hint)
+        self.holders = tuple(holders)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.holders)
+
+
 class BackingFileError(UblkLoopError):
     """The backing file cannot be opened, sized or locked."""
 
@@ -54,4 +73,4 @@ def check(result: int, what: str, hint: str = "") -> int:
     return result
 
 
-__all__ = ["BackingFileError", "DaemonError", "DriverError", "UblkLoopError", "check"]
+__all__ = ["BackingFileError", "BusyError", "DaemonError", "DriverError", "UblkLoopError", "check"]

@@ -6,16 +6,18 @@ a signal goes only to a process that the state file names by pid and start time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from . import listing, state, uapi
-from .control import Control, DevInfo
-from .errors import DaemonError, DriverError
+from . import holders, listing, state, uapi
+from .control import Control, DevInfo, block_path
+from .errors import BusyError, DaemonError, DriverError
+from .holders import Holder
 from .process import ServerProcess
 from .state import DeviceState
 
@@ -24,14 +26,17 @@ LEAVE_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 5.0
 DEL_TIMEOUT_S = 10.0
 QUIESCE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 2.0
 
 
-def delete(dev_id: int, *, no_wait: bool = False) -> list[str]:
+def delete(dev_id: int, *, no_wait: bool = False, force: bool = False) -> list[str]:
     """Stop a device, wait for its server to leave, delete it; return notes for the user.
 
     A server of ours that does not leave is killed. Requests in flight fail with EIO.
 
     :param no_wait: do not wait until the driver has let the device go (DEL_DEV_ASYNC).
+    :param force: stop it even if it is in use: what was not yet written back is lost.
+    :raises BusyError: it is in use, and as it was.
     :raises DriverError: ENODEV; EOPNOTSUPP (``no_wait`` before v6.9); ETIMEDOUT if another process
         holds the device.
     """
@@ -44,32 +49,87 @@ def delete(dev_id: int, *, no_wait: bool = False) -> list[str]:
         notes.append(str(error))
         known = None
     with _Server(info, known) as server:
-        _stop(dev_id, server)
+        # A dead device has nothing more to lose.
+        if force or info.state == uapi.UBLK_S_DEV_DEAD:
+            _stop(dev_id, server)
+        else:
+            _stop_unused(info, server)
         if not server.leave():
             notes.append(f"server {server.pid} of dev {dev_id} does not end, and is none of ours")
     state.remove(dev_id)
-    _remove(dev_id, no_wait=no_wait)
+    notes += _remove(dev_id, no_wait=no_wait, force=force)
     return notes
 
 
-def _remove(dev_id: int, *, no_wait: bool) -> None:
+def _remove(dev_id: int, *, no_wait: bool, force: bool) -> list[str]:
     with Control() as control:
         if no_wait:
             control.del_dev_async(dev_id)
-            return
+            return []
         try:
             control.del_dev(dev_id, timeout_s=DEL_TIMEOUT_S)
         except DriverError as error:
             if error.errno != errno.ETIMEDOUT:
                 raise
             hint = "it is stopped, but still mounted or open; it goes when that ends"
+            if force:
+                return [f"dev {dev_id}: {hint}"]
             raise DriverError(errno.ETIMEDOUT, error.what, hint) from error
+    return []
 
 
-def _stop(dev_id: int, server: _Server) -> None:
+def _stop_unused(info: DevInfo, server: _Server) -> None:
+    # A udev probe, or another program that looks at each new disk, has it open for a moment.
+    deadline = time.monotonic() + PROBE_TIMEOUT_S
+    while (users := _try_stop(info, server)) is not None:
+        is_probe = all(user.kind == "open" for user in users)
+        if not is_probe or time.monotonic() >= deadline:
+            raise BusyError(f"del dev {info.dev_id}", users)
+        time.sleep(0.05)
+
+
+def _try_stop(info: DevInfo, server: _Server) -> list[Holder] | None:
+    """Stop the device, or return who uses it."""
+    if info.flags & uapi.UBLK_F_SAFE_STOP_DEV:
+        try:
+            _stop(info.dev_id, server, unless_open=True)
+        except DriverError as error:
+            if error.errno == errno.EBUSY:
+                return holders.find(info.dev_id)
+            if error.errno != errno.ENODEV:  # not started: nobody can use it
+                raise
+        return None
+    with _claim(info.dev_id) as claimed:
+        users = holders.find(info.dev_id)
+        if users or not claimed:
+            return users
+        _stop(info.dev_id, server)
+    return None
+
+
+@contextlib.contextmanager
+def _claim(dev_id: int) -> Iterator[bool]:
+    """Keep mounts, swap and devices on top away; False if one of them is there already.
+
+    Without TRY_STOP_DEV (before v7.0) nothing keeps those away that only open the device.
+    """
+    try:
+        fd = os.open(block_path(dev_id), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        # Without a block device there is nothing to use; a plain user cannot claim another's.
+        yield error.errno != errno.EBUSY
+        return
+    try:
+        yield True
+    finally:
+        os.close(fd)
+
+
+def _stop(dev_id: int, server: _Server, *, unless_open: bool = False) -> None:
     try:
         with Control() as control:
-            control.stop_dev(dev_id, timeout_s=STOP_TIMEOUT_S)
+            stop = control.try_stop_dev if unless_open else control.stop_dev
+            stop(dev_id, timeout_s=STOP_TIMEOUT_S)
     except DriverError as error:
         if error.errno != errno.ETIMEDOUT or not server.is_alive():
             raise

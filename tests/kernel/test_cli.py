@@ -340,7 +340,7 @@ def test_del_kills_a_server_that_hangs(
 
     reader = threading.Thread(target=read)
     reader.start()
-    _succeed(here("del -n", added["dev_id"]))
+    _succeed(here("del --force -n", added["dev_id"]))
     reader.join(30)
     assert errors == [errno.EIO]
     assert _exit_code(added["server_pid"]) == -signal.SIGKILL

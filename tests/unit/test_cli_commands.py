@@ -31,6 +31,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "del",
         "del --async",
         "del -n 0 -a",
+        "del -n 0 --lazy --force",
         "del -n -1",
         "del -n zero",
         "del 0",
