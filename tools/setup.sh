@@ -9,7 +9,7 @@ VENV=$ROOT/.venv
 ME=tools/$(basename "$0")
 PACKAGES=(
     ca-certificates gcc libc6-dev pkg-config liburing-dev python3 python3-dev python3-venv
-    fio e2fsprogs xfsprogs btrfs-progs dmsetup mount kmod util-linux procps
+    fio stress-ng e2fsprogs xfsprogs btrfs-progs dmsetup udev mount kmod util-linux procps
 )
 # What tools/vm.py boots a kernel with.
 GUEST_PACKAGES=(qemu-system-x86 busybox-static cpio xz-utils debian-archive-keyring)

@@ -318,8 +318,11 @@ class Device:
     def _set_scheduler(self, name: str) -> None:
         # A device with one queue would get mq-deadline, which costs two thirds of the IOPS of a
         # backing that sorts for itself. Unprivileged: stays as it is.
+        path = Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler")
         with contextlib.suppress(OSError):
-            Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler").write_text(name)
+            # The kernel runs modprobe for each write; a recovered device has it already.
+            if f"[{name}]" not in path.read_text():
+                path.write_text(name)
 
 
 @contextlib.contextmanager

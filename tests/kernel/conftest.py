@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Apart
 
 from ublk_loop.control import Control
 from ublk_loop.device import Device
+from ublk_loop.state import DeviceOptions, TargetSpec
 from ublk_loop.target import Target
 from ublk_loop.uapi import UBLK_F_NEED_GET_DATA, UBLK_F_USER_COPY
 
@@ -276,6 +278,24 @@ def device(control: Control) -> Iterator[Callable[..., Device]]:
 
 
 @pytest.fixture
+def apart(
+    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Apart]]:
+    """Serve a file from a process of its own: ``apart(path, direct=None, **DeviceOptions)``."""
+    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path / "state"))
+    served: list[Apart] = []
+
+    def serve(path: Path, *, direct: bool | None = None, **options: Any) -> Apart:
+        spec = TargetSpec("loop", path=str(path), direct=direct)
+        served.append(Apart(spec, DeviceOptions(**options)))
+        return served[-1]
+
+    yield serve
+    for each in reversed(served):
+        each.delete()
+
+
+@pytest.fixture
 def ublk(leaves_nothing: KernelLog) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line: ``ublk("add", "-t", "null")``; the caller looks at the exit code."""
 
@@ -378,6 +398,61 @@ def ext4_folder(
     with attach_loop(image) as disk, mounted(disk, "-o", "discard") as folder:
         yield folder
     image.unlink()
+
+
+@pytest.fixture(scope="session")
+def xfs_folder(
+    driver: None, tmp_path_factory: pytest.TempPathFactory, attach_loop: Any, mounted: Any
+) -> Iterator[Path]:
+    """A folder on xfs."""
+    image = tmp_path_factory.mktemp("xfs") / "image"
+    with image.open("wb") as file:
+        file.truncate(1024 << 20)
+    run_command("mkfs.xfs", "-q", image)
+    with attach_loop(image) as disk, mounted(disk, "-o", "discard") as folder:
+        yield folder
+    image.unlink()
+
+
+@pytest.fixture
+def backing_folder(tmp_path: Path, ext4_folder: Path, xfs_folder: Path) -> dict[str, Path]:
+    """``backing_folder["xfs"]``: where a backing file lies on tmpfs, ext4 or xfs."""
+    return {"tmpfs": tmp_path, "ext4": ext4_folder, "xfs": xfs_folder}
+
+
+@pytest.fixture
+def suspendable(backing_file: Any, attach_loop: Any) -> Iterator[Path]:
+    """A disk of 1 MiB that ``dmsetup suspend`` stops."""
+    name = f"ublk-loop-test-{os.getpid()}"
+    with attach_loop(backing_file(1 << 20)) as disk:
+        run_command("dmsetup", "create", name, "--table", f"0 2048 linear {disk} 0")
+        run_command("dmsetup", "mknodes")
+        yield Path("/dev/mapper", name)
+        run_command("dmsetup", "resume", name)
+        run_command("dmsetup", "remove", "--retry", name)
+
+
+@pytest.fixture
+def stress_ng(leaves_nothing: KernelLog) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``stress_ng(folder, stressors, seconds)`` starts a load that verifies what it does."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(folder: Path, stressors: tuple[str, ...], seconds: float) -> subprocess.Popen[str]:
+        words = ["stress-ng", "--temp-path", str(folder), "--verify", "--oom-avoid-bytes", "64M"]
+        words += ["--timeout", f"{seconds}s", "--hdd-bytes", "4M", "--fallocate-bytes", "4M"]
+        words += ["--dir-dirs", "64"]
+        for name in stressors:
+            words += [f"--{name}", "1"]
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -142,19 +142,6 @@ def test_base_executes_everything_one_at_a_time(held, fio) -> None:
 # ---- the native target, held by a suspended disk ----
 
 
-@pytest.fixture
-def suspendable(backing_file, attach_loop, run):
-    """A disk of 1 MiB that ``dmsetup suspend`` stops."""
-    path = backing_file(MIB)
-    name = f"ublk-loop-test-{os.getpid()}"
-    with attach_loop(path) as disk:
-        run("dmsetup", "create", name, "--table", f"0 2048 linear {disk} 0")
-        run("dmsetup", "mknodes")
-        yield Path("/dev/mapper", name)
-        run("dmsetup", "resume", name)
-        run("dmsetup", "remove", "--retry", name)
-
-
 def nr_sleeping_on_disk() -> int:
     """How many threads of this process sit in the kernel and wait for a disk."""
     states = (

@@ -1,0 +1,158 @@
+"""Servers that are killed, stopped and replaced at any moment, while fio verifies what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from servers import REISSUE
+
+from ublk_loop import uapi
+from ublk_loop.errors import DriverError
+
+KIB = 1 << 10
+MIB = 1 << 20
+DEV_BYTES = 16 * MIB
+NR_KILLS = 27  # in three kinds of device
+
+
+@pytest.fixture
+def verifying_load(tmp_path, leaves_nothing):
+    """``verifying_load(block_path)`` starts fio; ``end()`` ends it and returns its report."""
+    started = []
+
+    def start(block_path: str) -> Load:
+        started.append(Load(block_path, tmp_path / "load.json"))
+        return started[-1]
+
+    yield start
+    for load in started:
+        load.process.kill()
+        load.process.wait()
+
+
+class Load:
+    """fio, which writes by two ways into two halves and reads every block again soon after."""
+
+    def __init__(self, block_path: str, report: Path) -> None:
+        self._report = report
+        common = ["--direct=1", "--thread", "--time_based", "--runtime=3600", "--verify=crc32c"]
+        common += [f"--filename={block_path}", "--allow_file_create=0", "--verify_fatal=1"]
+        common += [f"--size={DEV_BYTES // 2}", "--verify_backlog=48", "--iodepth=16"]
+        jobs = ["--name=a", "--ioengine=libaio", "--rw=randwrite", "--bsrange=512-64k"]
+        jobs += [f"--output={report}", "--output-format=json"]
+        other = ["--name=b", "--ioengine=io_uring", "--rw=randrw", "--bs=4k", "--fsync=64"]
+        other += [f"--offset={DEV_BYTES // 2}", *common]
+        self.process = subprocess.Popen(
+            ["fio", *jobs, *common, *other], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def end(self) -> dict[str, dict]:
+        """End it, and return its jobs' reports by name."""
+        assert self.process.poll() is None, "fio ended by itself"
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=60)
+        text = self._report.read_text()
+        return {job["jobname"]: job for job in json.loads(text[text.index("{") :])["jobs"]}
+
+
+def nr_written(dev) -> int:
+    """How many writes the block device has completed."""
+    stat = Path(f"/sys/block/ublkb{dev.dev_id}/stat").read_text()
+    return int(stat.split()[4])
+
+
+@pytest.mark.deadline(300)
+@pytest.mark.parametrize(
+    ("policy", "direct", "backing", "options"),
+    [
+        ("auto", True, "ext4", {"nr_hw_queues": 2}),
+        ("auto", False, "tmpfs", {"flags": uapi.UBLK_F_USER_COPY}),
+        ("2014", False, "ext4", {"batch": False}),
+    ],
+    ids=["auto-direct", "auto-tmpfs-user_copy", "2014-no_batch"],
+)
+def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
+    apart,
+    verifying_load,
+    backing_file,
+    backing_folder,
+    wait_until,
+    policy,
+    direct,
+    backing,
+    options,
+) -> None:
+    rng = random.Random(f"{policy} {direct} {backing}")
+    path = backing_file(DEV_BYTES, folder=backing_folder[backing])
+    options = {**options, "flags": options.get("flags", 0) | REISSUE}
+    dev = apart(path, direct=direct, policy=policy, **options)
+    load = verifying_load(dev.block_path)
+    for _ in range(NR_KILLS // 3):
+        before = nr_written(dev)
+        wait_until(lambda before=before: nr_written(dev) > before, timeout_s=30)
+        time.sleep(rng.random() / 5)  # any moment: there is nothing to wait for
+        if rng.random() < 0.3:
+            dev.signal(signal.SIGSTOP)
+            time.sleep(rng.random() / 10)
+            if rng.random() < 0.5:
+                dev.signal(signal.SIGCONT)
+        dev.kill()
+        dev.recover()
+    before = nr_written(dev)
+    wait_until(lambda: nr_written(dev) > before + 100, timeout_s=30)
+    jobs = load.end()
+    assert [job["error"] for job in jobs.values()] == [0, 0]
+    assert all(job["read"]["total_ios"] > 0 for job in jobs.values())
+
+
+def test_server_that_was_stopped_for_a_while_goes_on(
+    apart, verifying_load, backing_file, wait_until
+) -> None:
+    dev = apart(backing_file(DEV_BYTES))
+    load = verifying_load(dev.block_path)
+    wait_until(lambda: nr_written(dev) > 100, timeout_s=30)
+    for _ in range(5):
+        dev.signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        dev.signal(signal.SIGCONT)
+        before = nr_written(dev)
+        wait_until(lambda before=before: nr_written(dev) > before + 50, timeout_s=30)
+    assert [job["error"] for job in load.end().values()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "direct"), [("auto", True), ("2014", True), ("2014", False)], ids=str
+)
+def test_no_new_server_while_a_write_of_the_dead_one_is_under_way(
+    suspendable, apart, control, run, wait_until, pattern, tmp_path, policy, direct
+) -> None:
+    """A late write of the dead server would land on top of one that the new server did."""
+    dev = apart(suspendable, direct=direct, policy=policy, flags=REISSUE)
+    for seed in (1, 2):
+        (tmp_path / f"data{seed}").write_bytes(pattern(4096, seed))
+    write = ["dd", f"of={dev.block_path}", "oflag=direct,dsync", "bs=4096", "count=1"]
+    run("dmsetup", "suspend", "--noflush", "--nolockfs", suspendable)
+    try:
+        writer = subprocess.Popen([*write, f"if={tmp_path}/data1"], stderr=subprocess.DEVNULL)
+        inflight = Path(f"/sys/block/ublkb{dev.dev_id}/inflight")
+        wait_until(lambda: inflight.read_text().split()[1] != "0")
+        time.sleep(0.2)  # until it is in the disk below; too early only makes the test easier
+        dev.signal(signal.SIGKILL)
+        for _ in range(5):
+            with pytest.raises(DriverError):
+                control.start_user_recovery(dev.dev_id, timeout_s=0.2)
+    finally:
+        run("dmsetup", "resume", suspendable)
+    os.waitpid(dev.pid, 0)
+    dev.recover()
+    assert writer.wait(30) == 0
+    run(*write, f"if={tmp_path}/data2")
+    dev.delete()
+    assert suspendable.read_bytes()[:4096] == pattern(4096, 2)
