@@ -20,6 +20,7 @@ from click.core import ParameterSource
 
 from . import __version__, listing, state, uapi
 from .errors import BusyError, DaemonError, DriverError, UblkLoopError
+from .finding import PROBLEM
 from .state import DeviceOptions, DeviceState, TargetSpec
 
 if TYPE_CHECKING:
@@ -248,8 +249,11 @@ def cli() -> None:
 @click.option("-R", "--read_only", is_flag=True, help="loop: a read-only device.")
 @click.option("--size", "nr_bytes", callback=parse_size, metavar="SIZE", help="The device's size.")
 @click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
+@click.argument("file", required=False, type=click.Path())
 def add(**given: Any) -> None:
     """Add a device and serve it; return when it is live, and print it.
+
+    FILE is another way to write -f FILE, as the kernel's own test server takes it.
 
     \b
     Examples:
@@ -313,6 +317,10 @@ def _is_on(value: bool | str) -> bool:
 
 
 def _target_spec(given: dict[str, Any]) -> TargetSpec:
+    if given["file"] is not None:
+        if given["path"] is not None:
+            raise click.UsageError("say -f FILE or FILE, not both")
+        given["path"] = given["file"]
     kind, path, nr_bytes = given["kind"], given["path"], given["nr_bytes"]
     if kind != "loop":
         for option, name in (
@@ -519,7 +527,7 @@ def recover(dev_id: int, as_json: bool) -> None:
     _show(launch.launch(request, _describe), as_json)
 
 
-# ---- features, set_affinity, help ----
+# ---- features, doctor, set_affinity, help ----
 
 
 @cli.command(short_help="Show what the driver offers.")
@@ -539,6 +547,33 @@ def features(as_json: bool) -> None:
         click.echo(json.dumps(listing.features_document(bits), indent=2))
     else:
         click.echo(listing.features_text(bits))
+
+
+@cli.command(short_help="Look for what is wrong, and say how to mend it.")
+@click.option("--fix", is_flag=True, help="Repair what can be repaired without harm.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(fix: bool, as_json: bool) -> None:
+    """Look at driver, machine, devices and servers; exit with 1 if there is a problem.
+
+    \b
+    Examples:
+      ublk doctor
+      ublk doctor --fix
+    """
+    from . import doctor as doctors
+
+    findings = doctors.examine()
+    if fix:
+        for finding, failure in doctors.repair(findings):
+            done = f"could not fix ({failure})" if failure else "fixed"
+            click.echo(f"ublk: {done}: {finding.topic}: {finding.text}", err=True)
+        findings = doctors.examine()
+    if as_json:
+        click.echo(json.dumps([finding.document() for finding in findings], indent=2))
+    else:
+        click.echo(doctors.text(findings))
+    if any(finding.severity == PROBLEM for finding in findings):
+        sys.exit(1)
 
 
 def parse_cpus(_: click.Context, __: click.Parameter, text: str) -> frozenset[int]:

@@ -54,6 +54,12 @@ def test_add_of_a_file_asks_for_the_reference_servers_defaults(requests: list[Re
     assert not request.spec.read_only
 
 
+def test_add_takes_the_file_as_the_kernels_own_test_server_does(requests: list[Request]) -> None:
+    assert ublk("add", "-t", "loop", "-q", "2", "/srv/d.img").exit_code == 0
+    (request,) = requests
+    assert (request.spec.path, request.options.nr_hw_queues) == ("/srv/d.img", 2)
+
+
 def test_add_takes_the_reference_servers_options(requests: list[Request]) -> None:
     line = (
         "add -t loop -q 4 -d64 -n 7 -r 1 -i 1 --usercopy --max_io_buf_bytes 1048576 --buffered_io"
@@ -165,6 +171,7 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         "add -t loop -f /srv/d.img -o 18014398509481984",
         "add -t null --shmem_zc",
         "add -t null extra",
+        "add -t loop -f /srv/d.img /srv/d.img",
     ],
 )
 def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(
