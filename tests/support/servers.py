@@ -61,7 +61,7 @@ class Apart:
     def delete(self) -> None:
         """Delete the device, whatever became of its server."""
         if os.path.exists(self.char_path):
-            manage.delete(self.dev_id)
+            manage.delete(self.dev_id, force=True)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
