@@ -204,7 +204,15 @@ def cli() -> None:
     default="0",
     help="As -r; new ones fail too.",
 )
-@click.option("--usercopy", is_flag=True, help="Copy the data by pread and pwrite.")
+@click.option(
+    "--data",
+    type=click.Choice(state.DATA_MODES),
+    default="auto",
+    show_default=True,
+    help="Who copies the data: the driver (copy), or the server by pread and pwrite (usercopy)."
+    " auto: the faster.",
+)
+@click.option("--usercopy", is_flag=True, help="The same as --data usercopy.")
 @click.option("-z", "--zerocopy", is_flag=True, help="Do not copy the data.")
 @click.option(
     "-b/ ",
@@ -271,6 +279,7 @@ def add(**given: Any) -> None:
             flags=_flags(given),
             policy=given["policy"],
             batch=given["batch"],
+            data=given["data"],
             poll_us=given["poll_us"],
         ),
         spec=_target_spec(given),
@@ -305,6 +314,8 @@ def _flags(given: dict[str, Any]) -> int:
     flags = 0
     for name, bits in modes.items():
         flags |= bits if _is_on(given[name]) else 0
+    if given["usercopy"] and given["data"] == "copy":
+        raise click.UsageError("--usercopy and --data copy exclude each other")
     if given["batch"] and flags & uapi.UBLK_F_NEED_GET_DATA:
         raise click.UsageError("-b and -g exclude each other")
     if flags & recovery and given["kind"] == "ram":

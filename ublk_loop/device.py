@@ -42,9 +42,12 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_BATCH_IO
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
+# How the data goes between driver and server: the driver copies it from and to a buffer of ours, or
+# we copy it by pread and pwrite on ublkcN.
+DATA_MODES = {"copy": 0, "usercopy": uapi.UBLK_F_USER_COPY}
 # How long an hctx spins at most, where it may: long enough for a client that waits for one small
-# request, is woken and sends the next.
-POLL_US = 300
+# request, is woken in a virtual machine, and sends the next. Usually it spins for less.
+POLL_US = 1000
 # A device's cap on concurrent reads, as the kernel's loop gave itself in 2015 when a slow disk
 # drowned in readers: Linux kernel commit 4d4e41aef942 ("block: loop: avoiding too many pending per
 # work I/O").
@@ -92,6 +95,7 @@ class Device:
         max_io_buf_bytes: int = 512 * 1024,
         flags: int = 0,
         batch: bool | None = None,
+        data: str = "auto",
         policy: str = "auto",
         poll_us: int | None = None,
         timeout_s: float = 30,
@@ -105,6 +109,7 @@ class Device:
         :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
         :param batch: whether to fetch and commit in batches (UBLK_F_BATCH_IO); default: where the
             driver has it and ``flags`` allow it.
+        :param data: one of DATA_MODES, or ``auto``: the fastest for this target and driver.
         :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
             hctx that has one CPU to run on never spins.
         :raises ValueError: before anything changed.
@@ -112,10 +117,12 @@ class Device:
             the device is deleted again.
         """
         with _closed_on_error(target):
-            flags |= _batch_flag(batch, flags, queue_depth, control.get_features())
+            check_policy(policy)
+            features = control.get_features()
+            flags |= data_flags(data, target.likes_user_copy and policy == "auto", flags, features)
+            flags |= _batch_flag(batch, flags, queue_depth, features)
             if flags & ~SUPPORTED_FLAGS:
                 raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
-            check_policy(policy)
             params = _params(target, max_io_buf_bytes)
             info = control.add_dev(
                 DevInfo(
@@ -334,6 +341,20 @@ def _closed_on_error(target: Target) -> Iterator[None]:
         raise
 
 
+def data_flags(data: str, likes_user_copy: bool, flags: int, features: int) -> int:
+    """Return the UBLK_F_* of a data mode; ``auto`` is decided by what the driver's features allow.
+
+    :raises ValueError: an unknown mode.
+    """
+    if data in DATA_MODES:
+        return DATA_MODES[data]
+    if data != "auto":
+        raise ValueError(f"data mode {data!r} is none of auto, {', '.join(DATA_MODES)}")
+    # The driver refuses user copy to a plain user, and drops NEED_GET_DATA for it.
+    denied = flags & (uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA)
+    return features & uapi.UBLK_F_USER_COPY if likes_user_copy and not denied else 0
+
+
 def _batch_flag(batch: bool | None, flags: int, queue_depth: int, features: int) -> int:
     # One multishot fetch is faster than a command a tag. The driver refuses it with NEED_GET_DATA,
     # and for a single tag (its kfifo wants two).
@@ -373,4 +394,4 @@ def _open_char_device(path: str, deadline: float) -> int:
         time.sleep(0.005)
 
 
-__all__ = ["ANY_DEV_ID", "MAX_ACTIVE", "SUPPORTED_FLAGS", "Device"]
+__all__ = ["ANY_DEV_ID", "DATA_MODES", "MAX_ACTIVE", "SUPPORTED_FLAGS", "Device", "data_flags"]

@@ -136,7 +136,7 @@ def _build_target(spec: TargetSpec) -> Target:
 
 
 def _make_device(control: Control, target: Target, request: Request) -> Device:
-    from .device import SUPPORTED_FLAGS, Device
+    from .device import DATA_MODES, SUPPORTED_FLAGS, Device
 
     options = request.options
     if request.recover:
@@ -149,6 +149,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
             timeout_s=ADD_TIMEOUT_S,
         )
     flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
+    flags |= DATA_MODES.get(options.data, 0)
     try:
         check_flags(flags, SUPPORTED_FLAGS, control.get_features())
     except OSError:
@@ -163,6 +164,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
         max_io_buf_bytes=options.max_io_buf_bytes,
         flags=options.flags,
         batch=options.batch,
+        data=options.data,
         policy=options.policy,
         poll_us=options.poll_us,
         timeout_s=ADD_TIMEOUT_S,

@@ -26,6 +26,7 @@ MAX_NR_HW_QUEUES = 4096
 MAX_QUEUE_DEPTH = 4096
 MAX_NR_CPUS = 1 << 16
 POLICIES = ("auto", "2014", "base")
+DATA_MODES = ("auto", "copy", "usercopy")
 MAX_POLL_US = 1_000_000
 TARGET_TYPES = ("loop", "null", "ram")
 
@@ -49,7 +50,7 @@ class TargetSpec:
 class DeviceOptions:
     """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
 
-    ``batch`` and ``poll_us`` None mean what :meth:`Device.add` chooses.
+    ``batch`` and ``poll_us`` None, ``data`` auto mean what :meth:`Device.add` chooses.
     """
 
     nr_hw_queues: int = 1
@@ -58,6 +59,7 @@ class DeviceOptions:
     flags: int = 0
     policy: str = "auto"
     batch: bool | None = None
+    data: str = "auto"
     poll_us: int | None = None
 
 
@@ -197,6 +199,7 @@ def _parse_options(value: JsonValue) -> DeviceOptions:
         flags=fields.integer("flags", 0, (1 << 64) - 1),
         policy=fields.choice("policy", POLICIES),
         batch=fields.optional_boolean("batch"),
+        data=fields.choice("data", DATA_MODES),
         poll_us=fields.optional_integer("poll_us", 0, MAX_POLL_US),
     )
 

@@ -119,6 +119,11 @@ class Target:
         """Whether WRITE_ZEROES is offered."""
         return not self.read_only and self._defines("write_zeroes")
 
+    @property
+    def likes_user_copy(self) -> bool:
+        """Whether its data is best copied by us, straight from and to where it lies."""
+        return False
+
     def _defines(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Target, method)
 
@@ -320,6 +325,11 @@ class LoopTarget(Target):
     @property
     def can_write_zeroes(self) -> bool:
         return not self.read_only
+
+    @property
+    def likes_user_copy(self) -> bool:
+        # From and to the file's mapping: one copy where the driver's own needs a second.
+        return not self.direct
 
     def close(self) -> None:
         if self._fd >= 0:

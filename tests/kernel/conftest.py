@@ -35,7 +35,7 @@ from ublk_loop.control import Control
 from ublk_loop.device import Device
 from ublk_loop.state import DeviceOptions, TargetSpec
 from ublk_loop.target import Target
-from ublk_loop.uapi import UBLK_F_NEED_GET_DATA, UBLK_F_USER_COPY
+from ublk_loop.uapi import UBLK_F_NEED_GET_DATA
 
 COMMAND_TIMEOUT_S = 60
 SETTLE_TIMEOUT_S = 10
@@ -242,10 +242,10 @@ def features(control: Control) -> int:
 
 # How the data goes to and from the server, and how it fetches and commits: options of Device.add.
 TRANSPORTS: dict[str, dict[str, Any]] = {
-    "copy": {},
-    "copy-no_batch": {"batch": False},
-    "user_copy": {"flags": UBLK_F_USER_COPY},
-    "user_copy-no_batch": {"flags": UBLK_F_USER_COPY, "batch": False},
+    "copy": {"data": "copy"},
+    "copy-no_batch": {"data": "copy", "batch": False},
+    "user_copy": {"data": "usercopy"},
+    "user_copy-no_batch": {"data": "usercopy", "batch": False},
     "need_get_data": {"flags": UBLK_F_NEED_GET_DATA},
 }
 

@@ -11,9 +11,8 @@
  *   collect  the done list, which workers fill
  *   wait     submit the commits and sleep in io_uring_enter, or spin before
  *
- * With UBLK_F_BATCH_IO one multishot command fetches all tags (their numbers
- * come in provided buffers) and one command a round commits; without it each
- * tag has a command of its own that does both.
+ * With UBLK_F_BATCH_IO (batch.c) one command fetches all tags and one a round
+ * commits; without it each tag has a command of its own that does both.
  *
  * Done list: workers push with one atomic exchange of the head and write
  * wake_fd only if `sleeping` is set; the ring thread sets `sleeping`, looks at
@@ -21,9 +20,9 @@
  * accesses, so one of the two sees the other (Dekker).
  *
  * Spinning: with IORING_SETUP_TASKRUN_FLAG the kernel says in shared memory
- * that something waits for us, so a spin costs no system call and the client
- * no wake-up.  Spins that found nothing, several in a row, stop it for a while,
- * and every spin ends in sleep, so an idle device costs nothing.
+ * that something waits for us, so a spin spares us a sleep and the client a
+ * wake-up.  Each wait is measured, slept or spun: as long as they are short,
+ * the hctx spins.  Every spin ends in sleep, so an idle device costs nothing.
  *
  * A tag ends when its command completes with -ENODEV: the driver aborts, so it
  * is not fetched again.  The run is over when every tag has ended and every
@@ -34,6 +33,7 @@
 #include <liburing.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -44,32 +44,18 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "batch.h"
 #include "hctx.h"
+#include "ring.h"
 
-/* The ring's file table. */
-#define CDEV_INDEX	0		/* /dev/ublkcN */
-#define BACKING_INDEX	1		/* the target's file, if it has one */
-
-/* user_data: what completed, and for which tag. */
-enum hctx_cqe {
-	CQE_CMD,			/* a tag's own fetch or commit */
-	CQE_ASYNC,			/* I/O on the backing file */
-	CQE_WAKE,			/* the poll on wake_fd */
-	CQE_FETCH,			/* BATCH_IO: tags */
-	CQE_COMMIT,			/* BATCH_IO: how much was committed */
-};
-#define UD(kind, value)	((uint64_t)(kind) << 32 | (value))
-
-/* BATCH_IO: the driver fills one buffer a cqe, 128 tags at the most. */
-#define FETCH_TAGS	128
-#define FETCH_BUFS_MAX	256
-#define FETCH_GROUP	0
-
-/* A spin looks at the clock once in so many pauses. */
+/* A spin looks at the clock, and lets others run, once in so many pauses. */
 #define SPIN_PAUSES	32
-/* After so many vain spins in a row, so many waits without one. */
-#define VAIN_SPINS_MAX	8
-#define RESTS		64
+#define SPIN_NS_MIN	50000
+/* A spin lasts so many of the mean wait. */
+#define SPIN_WAITS	4
+/* Short waits less the long ones, which count more; spinning pays above 0. */
+#define SPIN_SCORE_MAX	8
+#define SPIN_SCORE_LONG	4
 
 /* Lives from ul_hctx_create() to ul_hctx_destroy().
  * I: set at create.  P: set by prepare, undone as run returns.
@@ -88,16 +74,10 @@ struct ul_hctx {
 	const struct ublksrv_io_desc *descs;	/* P: driver's, read-only */
 	struct ul_plug		plug;		/* R: this batch's writes */
 	unsigned int		nr_fetched;	/* R: commands that fetch */
-	char			*elems;		/* I: owned, BATCH_IO's commits */
-	unsigned int		elem_bytes;	/* I: header, address if copied */
-	unsigned int		nr_elems;	/* R: in elems, not yet queued */
-	unsigned int		nr_commits;	/* R: queued, cqe not yet seen */
-	struct io_uring_buf_ring *fetch_ring;	/* P: owned, see FETCH_TAGS */
-	uint16_t		*fetch_bufs;	/* P: owned, behind fetch_ring */
-	unsigned int		nr_fetch_bufs;	/* I: a power of two */
+	struct ul_batch		batch;		/* R: BATCH_IO */
 	uint64_t		spin_ns;	/* I: longest spin; 0: none */
-	unsigned int		nr_vain_spins;	/* R: in a row */
-	unsigned int		nr_rests;	/* R: waits without a spin, since */
+	uint64_t		wait_ns;	/* R: mean of waits up to spin_ns */
+	int			spin_score;	/* R: see SPIN_SCORE_MAX */
 	int			fault;		/* R: first unexpected result */
 	struct ul_hctx_stats	stats;		/* R, but read by all */
 	_Atomic(struct ul_request *) done;	/* A: newest first */
@@ -105,15 +85,14 @@ struct ul_hctx {
 	atomic_bool		stopping;	/* A */
 };
 
-/* Of one element of PREP_IO_CMDS and COMMIT_IO_CMDS. */
-struct hctx_elem {
-	struct ublk_elem_header	header;
-	uint64_t		addr;		/* only in copy mode */
-};
-
 static bool hctx_is_batch(const struct ul_hctx *h)
 {
 	return h->config.dev_flags & UBLK_F_BATCH_IO;
+}
+
+static bool hctx_is_user_copy(const struct ul_hctx *h)
+{
+	return h->config.dev_flags & UBLK_F_USER_COPY;
 }
 
 static size_t page_round_up(size_t nr_bytes)
@@ -159,16 +138,10 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	h->wq = wq;
 	ul_plug_init(&h->plug);
 	h->spin_ns = config->poll_us * 1000ULL;
-	h->elem_bytes = sizeof(struct ublk_elem_header);
-	if (!(config->dev_flags & UBLK_F_USER_COPY))
-		h->elem_bytes = sizeof(struct hctx_elem);
-	h->nr_fetch_bufs = 1;
-	while (h->nr_fetch_bufs < config->queue_depth &&
-	       h->nr_fetch_bufs < FETCH_BUFS_MAX)
-		h->nr_fetch_bufs *= 2;
-	h->elems = calloc(config->queue_depth, h->elem_bytes);
 	h->requests = calloc(config->queue_depth, sizeof(*h->requests));
-	if (!h->elems || !h->requests)
+	if (!h->requests ||
+	    ul_batch_init(&h->batch, &h->ring, config->q_id,
+			  config->queue_depth, !hctx_is_user_copy(h)))
 		goto free_requests;
 	/* Pages come with the first request that touches them. */
 	h->arena_bytes =
@@ -190,7 +163,7 @@ unmap_arena:
 	munmap(h->arena, h->arena_bytes);
 free_requests:
 	free(h->requests);
-	free(h->elems);
+	ul_batch_exit(&h->batch);
 	free(h);
 	return ret;
 }
@@ -202,36 +175,22 @@ void ul_hctx_destroy(struct ul_hctx *h)
 	close(h->wake_fd);
 	munmap(h->arena, h->arena_bytes);
 	free(h->requests);
-	free(h->elems);
+	ul_batch_exit(&h->batch);
 	free(h);
 }
 
 /* ---- sqes ---- */
 
-/* Never NULL once the ring is full: what is queued is submitted first. */
-static struct io_uring_sqe *hctx_get_sqe(struct ul_hctx *h)
-{
-	struct io_uring_sqe *sqe = io_uring_get_sqe(&h->ring);
-
-	while (!sqe) {
-		io_uring_submit(&h->ring);
-		sqe = io_uring_get_sqe(&h->ring);
-	}
-	return sqe;
-}
-
 static uint64_t hctx_buffer_addr(const struct ul_hctx *h,
 				 const struct ul_request *req)
 {
-	if (h->config.dev_flags & UBLK_F_USER_COPY)
-		return 0;
-	return (uint64_t)(uintptr_t)req->buffer;
+	return hctx_is_user_copy(h) ? 0 : (uint64_t)(uintptr_t)req->buffer;
 }
 
 static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 			   uint32_t opcode)
 {
-	struct io_uring_sqe *sqe = hctx_get_sqe(h);
+	struct io_uring_sqe *sqe = ul_get_sqe(&h->ring);
 	struct ublksrv_io_cmd *cmd;
 
 	cmd = ublk_sqe_prep(sqe, CDEV_INDEX, opcode, sizeof(*cmd));
@@ -245,7 +204,7 @@ static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 
 static void hctx_poll_wake_fd(struct ul_hctx *h)
 {
-	struct io_uring_sqe *sqe = hctx_get_sqe(h);
+	struct io_uring_sqe *sqe = ul_get_sqe(&h->ring);
 
 	io_uring_prep_poll_multishot(sqe, h->wake_fd, POLLIN);
 	sqe->user_data = UD(CQE_WAKE, 0);
@@ -253,7 +212,7 @@ static void hctx_poll_wake_fd(struct ul_hctx *h)
 
 static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
 {
-	struct io_uring_sqe *sqe = hctx_get_sqe(h);
+	struct io_uring_sqe *sqe = ul_get_sqe(&h->ring);
 	uint64_t pos = ul_target_pos(h->target, req);
 
 	if (req->op == UBLK_IO_OP_READ)
@@ -265,76 +224,6 @@ static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
 	sqe->flags |= IOSQE_FIXED_FILE;
 	sqe->user_data = UD(CQE_ASYNC, req->tag);
 	h->stats.nr_async++;
-}
-
-/* ---- sqes of UBLK_F_BATCH_IO ---- */
-
-static struct io_uring_sqe *hctx_batch_sqe(struct ul_hctx *h, uint32_t opcode,
-					   unsigned int nr_elem,
-					   unsigned int elem_bytes)
-{
-	struct io_uring_sqe *sqe = hctx_get_sqe(h);
-	struct ublk_batch_io *cmd;
-
-	cmd = ublk_sqe_prep(sqe, CDEV_INDEX, opcode, sizeof(*cmd));
-	sqe->flags = IOSQE_FIXED_FILE;
-	cmd->q_id = h->config.q_id;
-	cmd->nr_elem = nr_elem;
-	cmd->elem_bytes = elem_bytes;
-	return sqe;
-}
-
-static void hctx_add_elem(struct ul_hctx *h, const struct ul_request *req)
-{
-	struct hctx_elem *elem;
-
-	/* What was queued from elems must be in the kernel before it changes. */
-	if (!h->nr_elems && io_uring_sq_ready(&h->ring))
-		io_uring_submit(&h->ring);
-	elem = (struct hctx_elem *)(h->elems + h->nr_elems++ * h->elem_bytes);
-	elem->header.tag = req->tag;
-	elem->header.buf_index = 0;
-	elem->header.result = req->res;
-	if (h->elem_bytes == sizeof(*elem))
-		elem->addr = hctx_buffer_addr(h, req);
-}
-
-/* PREP or COMMIT what is in elems. */
-static void hctx_queue_elems(struct ul_hctx *h, uint32_t opcode)
-{
-	struct io_uring_sqe *sqe;
-
-	if (!h->nr_elems)
-		return;
-	sqe = hctx_batch_sqe(h, opcode, h->nr_elems, h->elem_bytes);
-	sqe->addr = (uint64_t)(uintptr_t)h->elems;
-	sqe->len = h->nr_elems * h->elem_bytes;
-	sqe->user_data = UD(CQE_COMMIT, sqe->len);
-	if (h->elem_bytes == sizeof(struct hctx_elem))
-		((struct ublk_batch_io *)sqe->cmd)->flags =
-			UBLK_BATCH_F_HAS_BUF_ADDR;
-	h->nr_elems = 0;
-	h->nr_commits++;
-}
-
-static void hctx_queue_fetch(struct ul_hctx *h)
-{
-	struct io_uring_sqe *sqe;
-
-	sqe = hctx_batch_sqe(h, UBLK_U_IO_FETCH_IO_CMDS, FETCH_TAGS,
-			     sizeof(uint16_t));
-	sqe->rw_flags = UBLK_URING_CMD_MULTISHOT;
-	sqe->buf_group = FETCH_GROUP;
-	sqe->flags |= IOSQE_BUFFER_SELECT;
-	sqe->user_data = UD(CQE_FETCH, 0);
-}
-
-static void hctx_provide_fetch_buf(struct ul_hctx *h, unsigned int index)
-{
-	io_uring_buf_ring_add(h->fetch_ring, h->fetch_bufs + index * FETCH_TAGS,
-			      FETCH_TAGS * sizeof(uint16_t), index,
-			      io_uring_buf_ring_mask(h->nr_fetch_bufs), 0);
-	io_uring_buf_ring_advance(h->fetch_ring, 1);
 }
 
 /* ---- prepare ---- */
@@ -367,41 +256,6 @@ static int hctx_make_ring(struct ul_hctx *h)
 	return io_uring_register_files(&h->ring, files, 2);
 }
 
-static size_t hctx_fetch_ring_bytes(const struct ul_hctx *h)
-{
-	return page_round_up(h->nr_fetch_bufs * sizeof(struct io_uring_buf));
-}
-
-static size_t hctx_fetch_bytes(const struct ul_hctx *h)
-{
-	return hctx_fetch_ring_bytes(h) +
-	       h->nr_fetch_bufs * FETCH_TAGS * sizeof(uint16_t);
-}
-
-static int hctx_make_fetch_bufs(struct ul_hctx *h)
-{
-	struct io_uring_buf_reg reg = {
-		.ring_entries = h->nr_fetch_bufs,
-		.bgid = FETCH_GROUP,
-	};
-	void *memory = mmap(NULL, hctx_fetch_bytes(h), PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	int ret;
-
-	if (memory == MAP_FAILED)
-		return -errno;
-	h->fetch_ring = memory;
-	h->fetch_bufs = (void *)((char *)memory + hctx_fetch_ring_bytes(h));
-	reg.ring_addr = (uint64_t)(uintptr_t)memory;
-	ret = io_uring_register_buf_ring(&h->ring, &reg, 0);
-	if (ret)
-		return ret;
-	io_uring_buf_ring_init(h->fetch_ring);
-	for (unsigned int i = 0; i < h->nr_fetch_bufs; i++)
-		hctx_provide_fetch_buf(h, i);
-	return 0;
-}
-
 static size_t hctx_descs_bytes(const struct ul_hctx *h)
 {
 	return page_round_up(h->config.queue_depth *
@@ -432,43 +286,23 @@ static void hctx_unprepare(struct ul_hctx *h)
 	if (h->ring_made)
 		io_uring_queue_exit(&h->ring);
 	h->ring_made = false;
-	if (h->fetch_ring)
-		munmap(h->fetch_ring, hctx_fetch_bytes(h));
-	h->fetch_ring = NULL;
+	ul_batch_unprepare(&h->batch);
 }
 
 /* Every tag is ours to serve from here on. */
 static int hctx_fetch_all(struct ul_hctx *h)
 {
-	struct io_uring_cqe *cqe;
-	int ret;
+	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++) {
+		struct ul_request *req = &h->requests[tag];
 
-	if (!hctx_is_batch(h)) {
-		for (unsigned int tag = 0; tag < h->config.queue_depth; tag++)
-			hctx_queue_cmd(h, &h->requests[tag],
-				       UBLK_U_IO_FETCH_REQ);
-		h->nr_fetched = h->config.queue_depth;
-		return 0;
+		if (hctx_is_batch(h))
+			ul_batch_add(&h->batch, tag, 0,
+				     hctx_buffer_addr(h, req));
+		else
+			hctx_queue_cmd(h, req, UBLK_U_IO_FETCH_REQ);
 	}
-	ret = hctx_make_fetch_bufs(h);
-	if (ret)
-		return ret;
-	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++)
-		hctx_add_elem(h, &h->requests[tag]);
-	hctx_queue_elems(h, UBLK_U_IO_PREP_IO_CMDS);
-	ret = io_uring_submit_and_wait(&h->ring, 1);
-	if (ret >= 0)
-		ret = io_uring_peek_cqe(&h->ring, &cqe);
-	if (ret)
-		return ret;
-	ret = cqe->res;
-	io_uring_cqe_seen(&h->ring, cqe);
-	h->nr_commits = 0;
-	if (ret)
-		return ret;
-	hctx_queue_fetch(h);
-	h->nr_fetched = 1;
-	return 0;
+	h->nr_fetched = hctx_is_batch(h) ? 1 : h->config.queue_depth;
+	return hctx_is_batch(h) ? ul_batch_prepare(&h->batch) : 0;
 }
 
 static void hctx_init_thread(struct ul_hctx *h)
@@ -509,21 +343,24 @@ fail:
 
 /* ---- the data of UBLK_F_USER_COPY ---- */
 
-/* All of a request's data, between its pages and its buffer. */
-static int hctx_user_copy(struct ul_request *req)
+bool ul_hctx_is_user_copy(const struct ul_request *req)
+{
+	return hctx_is_user_copy(req->hctx);
+}
+
+int ul_hctx_user_copy(struct ul_request *req, void *data)
 {
 	const struct ul_hctx *h = req->hctx;
 	uint64_t pos = ublk_user_copy_pos(h->config.q_id, req->tag, 0);
-	char *buffer = req->buffer;
 	uint64_t done = 0;
 	ssize_t n;
 
 	while (done < req->nr_bytes) {
 		if (req->op == UBLK_IO_OP_WRITE)
-			n = pread(h->config.cdev_fd, buffer + done,
+			n = pread(h->config.cdev_fd, (char *)data + done,
 				  req->nr_bytes - done, pos + done);
 		else
-			n = pwrite(h->config.cdev_fd, buffer + done,
+			n = pwrite(h->config.cdev_fd, (char *)data + done,
 				   req->nr_bytes - done, pos + done);
 		if (n > 0)
 			done += n;
@@ -537,18 +374,16 @@ static int hctx_user_copy(struct ul_request *req)
 
 int ul_hctx_copy_in(struct ul_request *req)
 {
-	if (req->op != UBLK_IO_OP_WRITE ||
-	    !(req->hctx->config.dev_flags & UBLK_F_USER_COPY))
+	if (req->op != UBLK_IO_OP_WRITE || !ul_hctx_is_user_copy(req))
 		return 0;
-	return hctx_user_copy(req);
+	return ul_hctx_user_copy(req, req->buffer);
 }
 
 int ul_hctx_copy_out(struct ul_request *req)
 {
-	if (req->op != UBLK_IO_OP_READ ||
-	    !(req->hctx->config.dev_flags & UBLK_F_USER_COPY))
+	if (req->op != UBLK_IO_OP_READ || !ul_hctx_is_user_copy(req))
 		return 0;
-	return hctx_user_copy(req);
+	return ul_hctx_user_copy(req, req->buffer);
 }
 
 /* ---- run ---- */
@@ -599,7 +434,8 @@ static void hctx_commit(struct ul_hctx *h, struct ul_request *req)
 	if (req->res < 0)
 		h->stats.nr_errors++;
 	if (hctx_is_batch(h))
-		hctx_add_elem(h, req);
+		ul_batch_add(&h->batch, req->tag, req->res,
+			     hctx_buffer_addr(h, req));
 	else
 		hctx_queue_cmd(h, req, UBLK_U_IO_COMMIT_AND_FETCH_REQ);
 }
@@ -646,22 +482,17 @@ static void hctx_handle_cmd(struct ul_hctx *h, struct ul_request *req, int res)
 
 static void hctx_handle_fetch(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 {
-	unsigned int index = cqe->flags >> IORING_CQE_BUFFER_SHIFT;
-	const uint16_t *tags = h->fetch_bufs + index * FETCH_TAGS;
+	int nr_tags, ret;
+	const uint16_t *tags = ul_batch_tags(&h->batch, cqe, &nr_tags);
 
-	for (int i = 0; i < cqe->res / (int)sizeof(*tags); i++)
+	for (int i = 0; i < nr_tags; i++)
 		hctx_handle_request(h, &h->requests[tags[i]]);
-	if (cqe->flags & IORING_CQE_F_BUFFER)
-		hctx_provide_fetch_buf(h, index);
-	if (cqe->flags & IORING_CQE_F_MORE)
+	ret = ul_batch_end_fetch(&h->batch, cqe);
+	if (!ret)
 		return;
-	if (cqe->res >= 0 || cqe->res == -ENOBUFS) {
-		hctx_queue_fetch(h);
-		return;
-	}
 	h->nr_fetched--;
-	if (cqe->res != UBLK_IO_RES_ABORT && !h->fault)
-		h->fault = cqe->res;
+	if (ret != UBLK_IO_RES_ABORT && !h->fault)
+		h->fault = ret;
 }
 
 /* Short or refused for now: the workqueue does all of it again, and waits. */
@@ -696,6 +527,7 @@ static void hctx_handle_wake(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 {
 	uint32_t value = cqe->user_data;
+	int ret;
 
 	switch ((enum hctx_cqe)(cqe->user_data >> 32)) {
 	case CQE_CMD:
@@ -711,10 +543,9 @@ static void hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		hctx_handle_fetch(h, cqe);
 		break;
 	case CQE_COMMIT:
-		h->nr_commits--;
-		/* The driver takes every element that it gave us the tag of. */
-		if (cqe->res != (int)value && !h->fault)
-			h->fault = cqe->res < 0 ? cqe->res : -EPROTO;
+		ret = ul_batch_handle_commit(&h->batch, cqe);
+		if (ret && !h->fault)
+			h->fault = ret;
 	}
 }
 
@@ -751,7 +582,7 @@ static void hctx_collect(struct ul_hctx *h)
  * its command is submitted, and is not worth a round. */
 static bool hctx_has_cqes(const struct ul_hctx *h)
 {
-	return io_uring_cq_ready(&h->ring) > h->nr_commits;
+	return io_uring_cq_ready(&h->ring) > h->batch.nr_commits;
 }
 
 static bool hctx_has_news(struct ul_hctx *h)
@@ -778,7 +609,8 @@ static inline void cpu_relax(void)
 #endif
 }
 
-/* True: something came. */
+/* True: something came.  Whoever else wants this CPU, most likely the client,
+ * gets it: else we would wait for what our waiting keeps from coming. */
 static bool hctx_spin(struct ul_hctx *h, uint64_t until_ns)
 {
 	do {
@@ -787,6 +619,7 @@ static bool hctx_spin(struct ul_hctx *h, uint64_t until_ns)
 				return true;
 			cpu_relax();
 		}
+		sched_yield();
 	} while (now_ns() < until_ns);
 	return false;
 }
@@ -800,44 +633,57 @@ static int hctx_sleep(struct ul_hctx *h)
 		ret = io_uring_submit_and_get_events(&h->ring);
 	} else {
 		h->stats.nr_sleeps++;
-		ret = io_uring_submit_and_wait(&h->ring, h->nr_commits + 1);
+		ret = io_uring_submit_and_wait(&h->ring,
+					       h->batch.nr_commits + 1);
 	}
 	atomic_store(&h->sleeping, false);
 	return ret;
 }
 
-/* Whether to spin this time: not for a while after several vain spins. */
-static bool hctx_may_spin(struct ul_hctx *h)
+/* A wait that a spin could have bridged speaks for spinning, a longer one
+ * against it, whether we span or slept. */
+static void hctx_note_wait(struct ul_hctx *h, uint64_t ns)
 {
-	if (!h->spin_ns)
-		return false;
-	if (h->nr_vain_spins < VAIN_SPINS_MAX)
-		return true;
-	if (++h->nr_rests < RESTS)
-		return false;
-	/* One more try; if it is vain too, the next rest begins. */
-	h->nr_rests = 0;
-	return true;
+	if (ns > h->spin_ns) {
+		h->spin_score -= SPIN_SCORE_LONG;
+		if (h->spin_score < 0)
+			h->spin_score = 0;
+		return;
+	}
+	h->wait_ns += ((int64_t)ns - (int64_t)h->wait_ns) / 8;
+	if (h->spin_score < SPIN_SCORE_MAX)
+		h->spin_score++;
+}
+
+/* How long to spin: several times what is usual, which ends a burst early. */
+static uint64_t hctx_spin_limit(const struct ul_hctx *h)
+{
+	uint64_t limit_ns = SPIN_WAITS * h->wait_ns;
+
+	if (limit_ns < SPIN_NS_MIN)
+		limit_ns = SPIN_NS_MIN;
+	return limit_ns < h->spin_ns ? limit_ns : h->spin_ns;
 }
 
 /* Submit, then spin or sleep until there is something to reap or collect. */
 static int hctx_wait(struct ul_hctx *h)
 {
+	uint64_t begin_ns;
 	int ret = 0;
 
-	if (!hctx_may_spin(h))
+	if (!h->spin_ns)
 		return hctx_sleep(h);
 	if (io_uring_sq_ready(&h->ring))
 		ret = io_uring_submit_and_get_events(&h->ring);
 	if (ret < 0 || hctx_has_cqes(h))
 		return ret;
-	if (hctx_spin(h, now_ns() + h->spin_ns)) {
-		h->nr_vain_spins = 0;
-		return io_uring_get_events(&h->ring);
-	}
-	if (h->nr_vain_spins < VAIN_SPINS_MAX)
-		h->nr_vain_spins++;
-	return hctx_sleep(h);
+	begin_ns = now_ns();
+	if (h->spin_score > 0 && hctx_spin(h, begin_ns + hctx_spin_limit(h)))
+		ret = io_uring_get_events(&h->ring);
+	else
+		ret = hctx_sleep(h);
+	hctx_note_wait(h, now_ns() - begin_ns);
+	return ret;
 }
 
 static bool hctx_is_over(const struct ul_hctx *h)
@@ -862,7 +708,7 @@ int ul_hctx_run(struct ul_hctx *h)
 			h->fault = ret;
 		hctx_reap(h);
 		hctx_collect(h);
-		hctx_queue_elems(h, UBLK_U_IO_COMMIT_IO_CMDS);
+		ul_batch_queue_commit(&h->batch);
 	}
 	io_uring_submit(&h->ring);	/* the last commits */
 	hctx_unprepare(h);

@@ -15,8 +15,9 @@
  *
  * A fault that cannot be served (the file was cut, the disk is full, the disk
  * is broken) is SIGBUS. Its handler leaves the memcpy, and the request goes the
- * way of pread and pwrite, which say what is wrong. So nothing of the mapping
- * is touched outside of map_copy().
+ * way of pread and pwrite, which say what is wrong. So we touch nothing of the
+ * mapping outside of ul_map_copy(). The kernel may, for a system call that we
+ * give the address: it says EFAULT.
  *
  * Durability is the file's: fdatasync() writes pages dirtied by mapping too.
  */
@@ -77,7 +78,7 @@ static void install_handler(void)
 	sigaction(SIGBUS, &action, &previous_action);
 }
 
-static bool map_copy(void *to, const void *from, uint64_t nr_bytes)
+bool ul_map_copy(void *to, const void *from, uint64_t nr_bytes)
 {
 	sigjmp_buf escape;
 	volatile bool is_whole = false;
@@ -135,8 +136,8 @@ static void map_ask(struct ul_map *m, uint64_t word)
 				 memory_order_relaxed);
 }
 
-bool ul_map_is_resident(struct ul_map *m, uint64_t offset_bytes,
-			uint64_t nr_bytes)
+static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
+			    uint64_t nr_bytes)
 {
 	uint64_t last;
 
@@ -234,24 +235,12 @@ void ul_map_destroy(struct ul_map *m)
 	free(m);
 }
 
-bool ul_map_read(struct ul_map *m, uint64_t offset_bytes, void *buffer,
-		 uint64_t nr_bytes)
+char *ul_map_find(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 {
-	if (!ul_map_is_resident(m, offset_bytes, nr_bytes))
-		return false;
+	if (!map_is_resident(m, offset_bytes, nr_bytes))
+		return NULL;
 	map_check_faults(m);
-	return map_copy(buffer, m->bytes + m->lead_bytes + offset_bytes,
-			nr_bytes);
-}
-
-bool ul_map_write(struct ul_map *m, uint64_t offset_bytes, const void *buffer,
-		  uint64_t nr_bytes)
-{
-	if (!ul_map_is_resident(m, offset_bytes, nr_bytes))
-		return false;
-	map_check_faults(m);
-	return map_copy(m->bytes + m->lead_bytes + offset_bytes, buffer,
-			nr_bytes);
+	return m->bytes + m->lead_bytes + offset_bytes;
 }
 
 void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)

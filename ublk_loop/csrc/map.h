@@ -15,15 +15,12 @@ struct ul_map;
 int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 		  bool read_only, struct ul_map **map);
 void ul_map_destroy(struct ul_map *map);
-/* Copy if that needs no I/O.  False: nothing (of use) was done; take another
- * way.  Any thread that does not block SIGBUS. */
-bool ul_map_read(struct ul_map *map, uint64_t offset_bytes, void *buffer,
-		 uint64_t nr_bytes);
-bool ul_map_write(struct ul_map *map, uint64_t offset_bytes, const void *buffer,
-		  uint64_t nr_bytes);
-/* Whether a copy would need no I/O, as far as is known. */
-bool ul_map_is_resident(struct ul_map *map, uint64_t offset_bytes,
-			uint64_t nr_bytes);
+/* Where a range is, if reading or writing it needs no I/O, as far as is known;
+ * else NULL.  For the kernel, or ul_map_copy(), to touch: see map.c. */
+char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
+/* memcpy.  False: nothing (of use) was done; take another way.  Any thread that
+ * does not block SIGBUS. */
+bool ul_map_copy(void *to, const void *from, uint64_t nr_bytes);
 /* A range was punched or zeroed: look again before the next copy. */
 void ul_map_forget(struct ul_map *map, uint64_t offset_bytes,
 		   uint64_t nr_bytes);

@@ -430,12 +430,32 @@ static bool auto_may_map(const struct ul_target *t, struct ul_plug *plug,
 	return ul_target_pos(t, req) + req->nr_bytes <= plug->file_bytes;
 }
 
+/* The data, between the driver's pages, or the buffer they were copied to, and
+ * the file's.  False: not done, or not all of it. */
+static bool auto_use_map(struct ul_target *t, struct ul_plug *plug,
+			 struct ul_request *req)
+{
+	char *data;
+
+	if (!auto_may_map(t, plug, req))
+		return false;
+	data = ul_map_find(t->map, req->offset_bytes, req->nr_bytes);
+	if (!data)
+		return false;
+	if (ul_hctx_is_user_copy(req))
+		return !ul_hctx_user_copy(req, data);
+	if (req->op == UBLK_IO_OP_READ)
+		return ul_map_copy(req->buffer, data, req->nr_bytes);
+	return ul_map_copy(data, req->buffer, req->nr_bytes);
+}
+
 static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 				   struct ul_request *req)
 {
-	if (auto_may_map(t, plug, req) &&
-	    ul_map_read(t->map, req->offset_bytes, req->buffer, req->nr_bytes))
-		return auto_finish(req, req->nr_bytes);
+	if (auto_use_map(t, plug, req)) {
+		req->res = req->nr_bytes;
+		return UL_RQ_DONE;
+	}
 	switch (t->cold) {
 	case COLD_INLINE:
 		return auto_finish(req, loop_read(t, req));
@@ -446,30 +466,30 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 	}
 }
 
+/* A mapped write would make a disk's file system prepare all of a large folio
+ * for each page (ext4, v7.3): there, overwrite resident pages by pwrite. */
+static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
+			    struct ul_request *req)
+{
+	return t->cold == COLD_INLINE ||
+	       (auto_may_map(t, plug, req) &&
+		ul_map_find(t->map, req->offset_bytes, req->nr_bytes));
+}
+
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 				    struct ul_request *req)
 {
-	bool is_resident = false;
-
 	if (req->op_flags & UBLK_IO_F_FUA)
 		return UL_RQ_QUEUED;
+	if (t->cold == COLD_INLINE && auto_use_map(t, plug, req)) {
+		req->res = req->nr_bytes;
+		return UL_RQ_DONE;
+	}
 	req->res = ul_hctx_copy_in(req);
 	if (req->res)
 		return UL_RQ_DONE;
 	req->copied_in = true;
-	if (auto_may_map(t, plug, req)) {
-		if (t->cold == COLD_INLINE &&
-		    ul_map_write(t->map, req->offset_bytes, req->buffer,
-				 req->nr_bytes)) {
-			req->res = req->nr_bytes;
-			return UL_RQ_DONE;
-		}
-		/* A mapped write would make a disk's file system prepare all
-		 * of a large folio for each page (ext4, v7.3). */
-		is_resident = ul_map_is_resident(t->map, req->offset_bytes,
-						 req->nr_bytes);
-	}
-	if (t->cold == COLD_INLINE || is_resident) {
+	if (auto_may_pwrite(t, plug, req)) {
 		req->res = loop_write(t, req);
 		return UL_RQ_DONE;
 	}

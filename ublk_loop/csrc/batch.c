@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * batch.c - UBLK_F_BATCH_IO: many tags a command.
+ *
+ * One multishot command fetches for all tags: the driver writes the numbers of
+ * those that have a request into provided buffers.  Results are gathered in
+ * elems and go to the driver in one command a round; elems must not change
+ * before the kernel has read them, that is before the submit.
+ */
+#define _GNU_SOURCE
+#include "batch.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* The driver fills one buffer a cqe, 128 tags at the most. */
+#define FETCH_TAGS	128
+#define FETCH_BUFS_MAX	256
+#define FETCH_GROUP	0
+
+/* Of one element of PREP_IO_CMDS and COMMIT_IO_CMDS. */
+struct batch_elem {
+	struct ublk_elem_header	header;
+	uint64_t		addr;		/* only in copy mode */
+};
+
+int ul_batch_init(struct ul_batch *b, struct io_uring *ring, uint16_t q_id,
+		  unsigned int queue_depth, bool has_addr)
+{
+	b->ring = ring;
+	b->q_id = q_id;
+	b->elem_bytes = has_addr ? sizeof(struct batch_elem)
+				 : sizeof(struct ublk_elem_header);
+	b->nr_fetch_bufs = 1;
+	while (b->nr_fetch_bufs < queue_depth &&
+	       b->nr_fetch_bufs < FETCH_BUFS_MAX)
+		b->nr_fetch_bufs *= 2;
+	b->elems = calloc(queue_depth, b->elem_bytes);
+	return b->elems ? 0 : -ENOMEM;
+}
+
+void ul_batch_exit(struct ul_batch *b)
+{
+	free(b->elems);
+}
+
+static size_t batch_ring_bytes(const struct ul_batch *b)
+{
+	size_t page = sysconf(_SC_PAGESIZE);
+	size_t nr_bytes = b->nr_fetch_bufs * sizeof(struct io_uring_buf);
+
+	return (nr_bytes + page - 1) & ~(page - 1);
+}
+
+static size_t batch_fetch_bytes(const struct ul_batch *b)
+{
+	return batch_ring_bytes(b) +
+	       b->nr_fetch_bufs * FETCH_TAGS * sizeof(uint16_t);
+}
+
+static void batch_provide(struct ul_batch *b, unsigned int index)
+{
+	io_uring_buf_ring_add(b->fetch_ring, b->fetch_bufs + index * FETCH_TAGS,
+			      FETCH_TAGS * sizeof(uint16_t), index,
+			      io_uring_buf_ring_mask(b->nr_fetch_bufs), 0);
+	io_uring_buf_ring_advance(b->fetch_ring, 1);
+}
+
+static int batch_make_bufs(struct ul_batch *b)
+{
+	struct io_uring_buf_reg reg = {
+		.ring_entries = b->nr_fetch_bufs,
+		.bgid = FETCH_GROUP,
+	};
+	void *memory = mmap(NULL, batch_fetch_bytes(b), PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int ret;
+
+	if (memory == MAP_FAILED)
+		return -errno;
+	b->fetch_ring = memory;
+	b->fetch_bufs = (void *)((char *)memory + batch_ring_bytes(b));
+	reg.ring_addr = (uint64_t)(uintptr_t)memory;
+	ret = io_uring_register_buf_ring(b->ring, &reg, 0);
+	if (ret)
+		return ret;
+	io_uring_buf_ring_init(b->fetch_ring);
+	for (unsigned int i = 0; i < b->nr_fetch_bufs; i++)
+		batch_provide(b, i);
+	return 0;
+}
+
+static struct io_uring_sqe *batch_get_sqe(struct ul_batch *b, uint32_t opcode,
+					  unsigned int nr_elem,
+					  unsigned int elem_bytes)
+{
+	struct io_uring_sqe *sqe = ul_get_sqe(b->ring);
+	struct ublk_batch_io *cmd;
+
+	cmd = ublk_sqe_prep(sqe, CDEV_INDEX, opcode, sizeof(*cmd));
+	sqe->flags = IOSQE_FIXED_FILE;
+	cmd->q_id = b->q_id;
+	cmd->nr_elem = nr_elem;
+	cmd->elem_bytes = elem_bytes;
+	return sqe;
+}
+
+void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res, uint64_t addr)
+{
+	struct batch_elem *elem;
+
+	/* What was queued from elems must be in the kernel before it changes. */
+	if (!b->nr_elems && io_uring_sq_ready(b->ring))
+		io_uring_submit(b->ring);
+	elem = (struct batch_elem *)(b->elems + b->nr_elems++ * b->elem_bytes);
+	elem->header.tag = tag;
+	elem->header.buf_index = 0;
+	elem->header.result = res;
+	if (b->elem_bytes == sizeof(*elem))
+		elem->addr = addr;
+}
+
+/* PREP or COMMIT what is in elems. */
+static void batch_queue_elems(struct ul_batch *b, uint32_t opcode)
+{
+	struct io_uring_sqe *sqe;
+
+	sqe = batch_get_sqe(b, opcode, b->nr_elems, b->elem_bytes);
+	sqe->addr = (uint64_t)(uintptr_t)b->elems;
+	sqe->len = b->nr_elems * b->elem_bytes;
+	sqe->user_data = UD(CQE_COMMIT, sqe->len);
+	if (b->elem_bytes == sizeof(struct batch_elem))
+		((struct ublk_batch_io *)sqe->cmd)->flags =
+			UBLK_BATCH_F_HAS_BUF_ADDR;
+	b->nr_elems = 0;
+	b->nr_commits++;
+}
+
+void ul_batch_queue_commit(struct ul_batch *b)
+{
+	if (b->nr_elems)
+		batch_queue_elems(b, UBLK_U_IO_COMMIT_IO_CMDS);
+}
+
+int ul_batch_handle_commit(struct ul_batch *b, const struct io_uring_cqe *cqe)
+{
+	b->nr_commits--;
+	/* The driver takes every element that it gave us the tag of. */
+	if (cqe->res == (int)(uint32_t)cqe->user_data)
+		return 0;
+	return cqe->res < 0 ? cqe->res : -EPROTO;
+}
+
+static void batch_queue_fetch(struct ul_batch *b)
+{
+	struct io_uring_sqe *sqe;
+
+	sqe = batch_get_sqe(b, UBLK_U_IO_FETCH_IO_CMDS, FETCH_TAGS,
+			    sizeof(uint16_t));
+	sqe->rw_flags = UBLK_URING_CMD_MULTISHOT;
+	sqe->buf_group = FETCH_GROUP;
+	sqe->flags |= IOSQE_BUFFER_SELECT;
+	sqe->user_data = UD(CQE_FETCH, 0);
+}
+
+int ul_batch_prepare(struct ul_batch *b)
+{
+	struct io_uring_cqe *cqe;
+	int ret = batch_make_bufs(b);
+
+	if (ret)
+		return ret;
+	batch_queue_elems(b, UBLK_U_IO_PREP_IO_CMDS);
+	ret = io_uring_submit_and_wait(b->ring, 1);
+	if (ret >= 0)
+		ret = io_uring_peek_cqe(b->ring, &cqe);
+	if (ret)
+		return ret;
+	ret = cqe->res;
+	io_uring_cqe_seen(b->ring, cqe);
+	b->nr_commits = 0;
+	if (!ret)
+		batch_queue_fetch(b);
+	return ret;
+}
+
+void ul_batch_unprepare(struct ul_batch *b)
+{
+	if (b->fetch_ring)
+		munmap(b->fetch_ring, batch_fetch_bytes(b));
+	b->fetch_ring = NULL;
+}
+
+const uint16_t *ul_batch_tags(const struct ul_batch *b,
+			      const struct io_uring_cqe *cqe, int *nr_tags)
+{
+	unsigned int index = cqe->flags >> IORING_CQE_BUFFER_SHIFT;
+
+	*nr_tags = cqe->res > 0 ? cqe->res / (int)sizeof(uint16_t) : 0;
+	return b->fetch_bufs + index * FETCH_TAGS;
+}
+
+int ul_batch_end_fetch(struct ul_batch *b, const struct io_uring_cqe *cqe)
+{
+	if (cqe->flags & IORING_CQE_F_BUFFER)
+		batch_provide(b, cqe->flags >> IORING_CQE_BUFFER_SHIFT);
+	if (cqe->flags & IORING_CQE_F_MORE)
+		return 0;
+	if (cqe->res < 0 && cqe->res != -ENOBUFS)
+		return cqe->res;
+	batch_queue_fetch(b);
+	return 0;
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ring.h - what the parts of a hctx agree on about its io_uring.
+ */
+#ifndef UL_RING_H
+#define UL_RING_H
+
+#include <liburing.h>
+#include <stdint.h>
+
+/* The ring's file table. */
+#define CDEV_INDEX	0		/* /dev/ublkcN */
+#define BACKING_INDEX	1		/* the target's file, if it has one */
+
+/* user_data: what completed, and a value: mostly, for which tag. */
+enum hctx_cqe {
+	CQE_CMD,			/* a tag's own fetch or commit */
+	CQE_ASYNC,			/* I/O on the backing file */
+	CQE_WAKE,			/* the poll on wake_fd */
+	CQE_FETCH,			/* BATCH_IO: tags */
+	CQE_COMMIT,			/* BATCH_IO: how much was committed */
+};
+#define UD(kind, value)	((uint64_t)(kind) << 32 | (value))
+
+/* Never NULL once the ring is full: what is queued is submitted first. */
+static inline struct io_uring_sqe *ul_get_sqe(struct io_uring *ring)
+{
+	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+
+	while (!sqe) {
+		io_uring_submit(ring);
+		sqe = io_uring_get_sqe(ring);
+	}
+	return sqe;
+}
+
+#endif
