@@ -266,7 +266,8 @@ class Fields:
         if missing := sorted(set(names) - set(value)):
             raise ValueError(f"{where} lacks {', '.join(missing)}")
         if unknown := sorted(set(value) - set(names)):
-            raise ValueError(f"{where} has unknown {', '.join(unknown)}")
+            # Quoted: a name may hold line ends, or what a terminal obeys.
+            raise ValueError(f"{where} has unknown {', '.join(map(repr, unknown))}")
         self._members: Mapping[str, JsonValue] = value
 
     def value(self, name: str) -> JsonValue:

@@ -240,6 +240,12 @@ def test_parse_gives_a_state_or_a_value_error_whatever_a_member_holds(
         assert "\n" not in str(error)
 
 
+def test_parse_quotes_an_unknown_name_that_has_more_than_one_line() -> None:
+    """Found by tests/soak/fuzz.py: the message carried the file's own line ends and controls."""
+    refusal = _refusal({**_document(), "a\n\x1b[2Jb": 1})
+    assert refusal.isprintable()
+
+
 @given(st.binary(max_size=200))
 def test_parse_gives_a_value_error_whatever_the_bytes(data: bytes) -> None:
     with pytest.raises(ValueError):
