@@ -8,6 +8,9 @@
 #   tools/test.sh --quick           unit and integration tests only
 #   tools/test.sh ... -- ARGS       ARGS go to pytest, such as -k NAME
 #
+# Where a guest with 7.3 is used, tools/icount_gate.py runs too: it fails if a request has become
+# dearer.
+#
 # Installs what it needs on a fresh Debian 12 or 13. Exit code 0: all passed, none skipped.
 
 . "$(dirname "$0")/setup.sh"
@@ -76,6 +79,10 @@ if [ -n "$in_guest" ]; then
         stage "kernel tests on Linux $kernel" \
             python3 tools/vm.py --vm --kernel "$kernel" --timeout 1500 -- "${kernel_pytest[@]}"
     done
+    # The figures are those of one kernel.
+    if [[ " ${kernels[*]} " == *" 7.3 "* ]] && [ -z "$chosen" ]; then
+        stage "instructions per I/O" tools/icount_gate.py
+    fi
 elif [ -z "$quick" ]; then
     stage "kernel tests on this host" "${kernel_pytest[@]}"
 fi

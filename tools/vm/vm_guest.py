@@ -238,8 +238,9 @@ def processor(machine: Machine) -> list[str]:
     """Return QEMU's options for the processors and what runs them."""
     smp = ["-smp", str(machine.cpus)]
     if machine.icount:
-        # An instruction takes one nanosecond, and an idle guest jumps to its next timer.
-        accel = ["-accel", "tcg,thread=single,tb-size=1024", "-icount", "shift=0,sleep=off"]
+        # An instruction takes one nanosecond. sleep=on: while the guest waits for its host, its
+        # clock runs with ours, and does not jump to the next timer: the deadline of the wait, say.
+        accel = ["-accel", "tcg,thread=single,tb-size=1024", "-icount", "shift=0,sleep=on"]
         return [*smp, *accel, "-cpu", TCG_CPU]
     if machine.kvm:
         return [*smp, "-accel", "kvm", "-cpu", "host"]
