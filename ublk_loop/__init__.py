@@ -6,10 +6,10 @@ the compiled module.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own is true for mypy as well; this one need not be imported
 if TYPE_CHECKING:
+    from typing import Any
+
     from .control import Control
     from .device import Device
     from .target import LoopTarget, NullTarget, RamTarget, Target
@@ -29,6 +29,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

@@ -1,8 +1,26 @@
-"""``python -m ublk_loop``: the ``ublk`` command where its script is not on the PATH."""
+"""The ``ublk`` command: the quick way of ``ublk add``, else the click commands of cli.py.
+
+``ublk add`` is what a program may call often. A running daemon has loaded everything; so the words
+go to it before this process loads anything.
+"""
 
 from __future__ import annotations
 
-from .cli import main
+import sys
+
+
+def main() -> None:
+    """Run the ``ublk`` command."""
+    if sys.argv[1:2] == ["add"]:
+        from . import client
+
+        exit_code = client.quick_add(sys.argv[2:])
+        if exit_code is not None:
+            sys.exit(exit_code)
+    from .cli import main as cli_main
+
+    cli_main()
+
 
 if __name__ == "__main__":
     main()

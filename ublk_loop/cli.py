@@ -7,18 +7,21 @@ never serves a request, and imports what needs the compiled module only where a 
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from . import __version__, listing, state, uapi
+from . import __version__, boot, client, listing, protocol, state, uapi
 from .errors import BusyError, DaemonError, DriverError, UblkLoopError
 from .finding import PROBLEM
 from .state import DeviceOptions, DeviceState, TargetSpec
@@ -26,13 +29,15 @@ from .state import DeviceOptions, DeviceState, TargetSpec
 if TYPE_CHECKING:
     from .control import Control, DevInfo
     from .params import Params
+    from .server import OnAdded, OnLive, Request, Serve
 
 _AnyCommand = TypeVar("_AnyCommand", bound=Callable[..., Any])
 
 NULL_NR_BYTES = 250 << 30  # as the reference server's null device
 PAGE_BYTES = 4096
+DEADLINE_S = 60
 SIZE_SUFFIXES = "KMGTPE"
-_CONTEXT = {
+_CONTEXT: dict[str, Any] = {
     # --user_recovery is how the reference server spells it; --user-recovery does as well.
     "token_normalize_func": lambda token: token.replace("-", "_"),
     "help_option_names": ["-h", "--help"],
@@ -84,7 +89,15 @@ class PollTime(click.ParamType[int | None]):
         return click.IntRange(0, state.MAX_POLL_US).convert(value, param, ctx)
 
 
+_RAM_IS_LOST = "a ram device cannot be recovered: its data dies with its server"
 _SWITCH = click.Choice(["0", "1"])
+_BY_HAND = ("user_recovery", "user_recovery_reissue", "user_recovery_fail_io")
+_RECOVERIES = {
+    "none": 0,
+    "reissue": uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE,
+    "fail_inflight": uapi.UBLK_F_USER_RECOVERY,
+    "fail_all": uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
+}
 _DEV_ID = click.IntRange(0, state.MAX_DEV_ID)
 
 
@@ -187,22 +200,31 @@ def cli() -> None:
     "-r",
     "--user_recovery",
     type=_SWITCH,
-    default="0",
     help="Keep the device when its server dies: requests in flight fail, new ones wait.",
 )
 @click.option(
     "-i",
     "--user_recovery_reissue",
     type=_SWITCH,
-    default="0",
     help="As -r; all requests wait.",
 )
 @click.option(
     "-e",
     "--user_recovery_fail_io",
     type=_SWITCH,
-    default="0",
     help="As -r; new ones fail too.",
+)
+@click.option(
+    "--recovery",
+    type=click.Choice(list(_RECOVERIES)),
+    help="How the daemon replaces a server that died. reissue, the default: all requests wait."
+    " fail_inflight: those in flight fail. fail_all: new ones fail too. none: not at all.",
+)
+@click.option(
+    "--recovery_deadline",
+    metavar="S",
+    type=click.IntRange(1, state.MAX_DEADLINE_S),
+    help=f"After so many seconds without one the device is deleted. [default: {DEADLINE_S}]",
 )
 @click.option(
     "--data",
@@ -269,26 +291,125 @@ def add(**given: Any) -> None:
       ublk add -t loop -f disk.img -q 2 -d 64 --buffered_io
       ublk add -t null
     """
-    from . import launch, server
+    from . import launch
 
-    request = server.Request(
+    if given["foreground"]:
+        _serve_here(_request(given), given["as_json"])
+        return
+    words = click.get_current_context().find_root().obj
+    if words is not None and client.is_wanted() and os.geteuid() == 0:
+        # The quick way found no daemon; there is one from now on.
+        client.start()
+        exit_code = client.add(list(words))
+        if exit_code is not None:
+            sys.exit(exit_code)
+    describe = partial(listing.shown, as_json=given["as_json"], two_lines=client.two_lines())
+    click.echo(launch.launch(_request(given), describe), nl=False)
+
+
+def parse_add(words: Iterable[str]) -> dict[str, Any]:
+    """Return the options that ``words``, those behind ``ublk add``, stand for.
+
+    :raises UsageRefused: with what ``ublk add`` prints.
+    """
+    parent = click.Context(cli, info_name="ublk", **_CONTEXT)
+    try:
+        return add.make_context("add", list(words), parent=parent).params
+    except click.ClickException as error:
+        text = io.StringIO()
+        error.show(text)
+        raise protocol.UsageRefused(text.getvalue()) from None
+    except click.exceptions.Exit:
+        raise protocol.UsageRefused("Error: -h stands alone\n") from None
+
+
+def check_add(words: Iterable[str]) -> None:
+    """Check the words behind ``ublk add`` as it does.
+
+    :raises ValueError: what is wrong, one sentence.
+    """
+    parent = click.Context(cli, info_name="ublk", **_CONTEXT)
+    try:
+        _request(add.make_context("add", list(words), parent=parent).params, supervised=True)
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from None
+
+
+def read_words(asked: protocol.Add) -> tuple[Request, bool]:
+    """Return what ``ublk add`` is to serve, of the words behind it, and whether to print JSON.
+
+    :raises UsageRefused: with what ``ublk add`` prints.
+    """
+    given = parse_add(asked.words)
+    try:
+        return _request(given, cwd=asked.cwd, supervised=True), given["as_json"]
+    except click.ClickException as error:
+        raise protocol.UsageRefused(f"Error: {error.format_message()}\n") from None
+
+
+def serve_new(request: Request, *, as_json: bool, two_lines: bool) -> Serve:
+    """Return what a server runs that the daemon forks for ``ublk add``."""
+    from . import server
+
+    def serve(on_added: OnAdded, on_live: OnLive) -> None:
+        show = partial(listing.shown, as_json=as_json, two_lines=two_lines)
+        server.serve(request, show, on_added, on_live)
+
+    return serve
+
+
+def serve_recovery(dev_id: int, *, as_json: bool = False, two_lines: bool = False) -> Serve:
+    """Return what a server runs that the daemon forks to take a device over."""
+    from . import manage, server
+
+    def serve(on_added: OnAdded, on_live: OnLive) -> None:
+        known = manage.recoverable(dev_id)
+        request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
+        show = partial(listing.shown, as_json=as_json, two_lines=two_lines)
+        server.serve(request, show, on_added, on_live)
+
+    return serve
+
+
+def _request(given: dict[str, Any], *, cwd: str | None = None, supervised: bool = False) -> Request:
+    from . import server
+
+    flags, deadline_s = _recovery(given, supervised)
+    return server.Request(
         options=DeviceOptions(
             nr_hw_queues=given["queues"],
             queue_depth=given["depth"],
             max_io_buf_bytes=_whole_pages(given["max_io_buf_bytes"]),
-            flags=_flags(given),
+            flags=_flags(given) | flags,
             policy=given["policy"],
             batch=given["batch"],
             data=given["data"],
             poll_us=given["poll_us"],
+            recovery_deadline_s=deadline_s,
         ),
-        spec=_target_spec(given),
+        spec=_target_spec(given, os.getcwd() if cwd is None else cwd),
         dev_id=given["dev_id"],
     )
-    if given["foreground"]:
-        _serve_here(request, given["as_json"])
-    else:
-        _show(launch.launch(request, _describe), given["as_json"])
+
+
+def _recovery(given: dict[str, Any], supervised: bool) -> tuple[int, int | None]:
+    # The flags, and the deadline of a recovery by the daemon. The reference server's options mean
+    # what they mean there: the device waits for `ublk recover`.
+    chosen = given["recovery"]
+    by_hand = [name for name in _BY_HAND if given[name] is not None]
+    if by_hand and (chosen or given["recovery_deadline"]):
+        raise click.UsageError("-r, -i and -e are recovery by hand: not with --recovery")
+    if chosen is None:
+        # A plain user's device has no recovery in the driver.
+        can = supervised and not by_hand and given["kind"] != "ram" and not given["unprivileged"]
+        chosen = "reissue" if can else "none"
+    if chosen == "none":
+        if given["recovery_deadline"]:
+            raise click.UsageError("--recovery_deadline is for a device with recovery")
+        return 0, None
+    if given["kind"] == "ram":
+        raise click.UsageError(_RAM_IS_LOST)
+    return _RECOVERIES[chosen], given["recovery_deadline"] or DEADLINE_S
 
 
 def _whole_pages(nr_bytes: int) -> int:
@@ -319,7 +440,7 @@ def _flags(given: dict[str, Any]) -> int:
     if given["batch"] and flags & uapi.UBLK_F_NEED_GET_DATA:
         raise click.UsageError("-b and -g exclude each other")
     if flags & recovery and given["kind"] == "ram":
-        raise click.UsageError("a ram device cannot be recovered: its data dies with its server")
+        raise click.UsageError(_RAM_IS_LOST)
     return flags
 
 
@@ -327,7 +448,7 @@ def _is_on(value: bool | str) -> bool:
     return value in (True, "1")
 
 
-def _target_spec(given: dict[str, Any]) -> TargetSpec:
+def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
     if given["file"] is not None:
         if given["path"] is not None:
             raise click.UsageError("say -f FILE or FILE, not both")
@@ -355,7 +476,7 @@ def _target_spec(given: dict[str, Any]) -> TargetSpec:
         raise click.UsageError("-o is beyond any file")
     return TargetSpec(
         "loop",
-        path=os.path.abspath(path),
+        path=os.path.normpath(os.path.join(cwd, path)),
         offset_bytes=offset_bytes,
         nr_bytes=nr_bytes,
         direct=True if given["direct_io"] else False if given["buffered_io"] else None,
@@ -363,35 +484,19 @@ def _target_spec(given: dict[str, Any]) -> TargetSpec:
     )
 
 
-def _describe(info: DevInfo, params: Params, known: DeviceState) -> dict[str, Any]:
-    return {
-        "text": listing.device_text(info, params, known, two_lines=_two_lines()),
-        "document": listing.device_document(info, params, known),
-    }
-
-
-def _show(description: dict[str, Any], as_json: bool) -> None:
-    document = description["document"]
-    click.echo(json.dumps(document, indent=2) if as_json else description["text"])
-
-
-def _two_lines() -> bool:
-    # The reference server moved the flags to a line of their own in 2025. Scripts parse either.
-    return os.environ.get("UBLK_LOOP_LIST_STYLE") == "two-lines"
-
-
-def _serve_here(request: Any, as_json: bool) -> None:
+def _serve_here(request: Request, as_json: bool) -> None:
     import logging
 
     from . import server
 
     logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
 
-    def on_live(_: int, description: dict[str, Any]) -> None:
-        _show(description, as_json)
+    def on_live(_: int, text: str) -> None:
+        click.echo(text, nl=False)
         sys.stdout.flush()
 
-    server.serve(request, _describe, lambda dev_id, sysfs_ino: None, on_live)
+    show = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
+    server.serve(request, show, lambda dev_id, sysfs_ino: None, on_live)
 
 
 # ---- del ----
@@ -486,7 +591,7 @@ def list_devices(dev_id: int | None, verbose: bool, as_json: bool) -> None:
         elif verbose:
             click.echo(listing.verbose_text(info, params, known))
         else:
-            click.echo(listing.device_text(info, params, known, two_lines=_two_lines()))
+            click.echo(listing.device_text(info, params, known, two_lines=client.two_lines()))
     if as_json:
         click.echo(json.dumps(documents, indent=2))
 
@@ -531,11 +636,89 @@ def recover(dev_id: int, as_json: bool) -> None:
     Example:
       ublk recover -n 0
     """
-    from . import launch, manage, server
+    from . import launch
+
+    reply = _ask(protocol.Recover(dev_id, as_json, client.two_lines()))
+    if reply is not None:
+        click.echo(reply.out, nl=False)
+        return
+    from . import manage, server
 
     known = manage.recoverable(dev_id)
     request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
-    _show(launch.launch(request, _describe), as_json)
+    describe = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
+    click.echo(launch.launch(request, describe), nl=False)
+
+
+# ---- the daemon ----
+
+
+@cli.command(short_help="Keep devices served; answer ublk add.")
+@click.option("--detach", is_flag=True, help="Run in the background; return when it listens.")
+@click.option("--status", "command", flag_value="status", help="Show the daemon, if one runs.")
+@click.option("--stop", "command", flag_value="stop", help="End it; its devices are served on.")
+@click.option(
+    "--config",
+    type=click.Path(),
+    default=boot.CONFIG_PATH,
+    show_default=True,
+    metavar="FILE",
+    help="The devices to add first.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --status: as JSON.")
+def daemon(detach: bool, command: str | None, config: str, as_json: bool) -> None:
+    """Start servers for ublk add, and replace those that die.
+
+    ublk add starts it when none runs. Ending or killing it touches no device.
+
+    \b
+    Examples:
+      ublk daemon --detach
+      ublk daemon --status
+      ublk daemon --stop
+    """
+    if command is None:
+        from . import daemon as daemon_module
+
+        daemon_module.main(os.path.abspath(config), detach=detach)
+        return
+    reply = _ask(protocol.Stop() if command == "stop" else protocol.Status())
+    if reply is None:
+        raise DaemonError(errno.ESRCH, "daemon", "none runs: ublk daemon --detach starts one")
+    if command == "status":
+        assert reply.document is not None
+        text = json.dumps(reply.document, indent=2) if as_json else _status_text(reply.document)
+        click.echo(text)
+
+
+def _status_text(document: dict[str, Any]) -> str:
+    lines = [f"daemon pid {document['pid']}: {len(document['devices'])} devices"]
+    for device in document["devices"]:
+        lines.append(
+            f"dev id {device['dev_id']}: {device['phase']} daemon pid {device['server_pid'] or '-'}"
+            f" recoveries {device['nr_recoveries']}"
+        )
+    lines += [f"dev id {dev_id}: not of this daemon" for dev_id in document["orphans"]]
+    return "\n".join(lines)
+
+
+def _ask(request: protocol.Request) -> protocol.Reply | None:
+    # Of a daemon that runs; None without one, or where it sees other files than we do.
+    if not client.is_wanted():
+        return None
+    try:
+        answer = client.ask(protocol.document(request))
+    except OSError as error:
+        raise DaemonError(error.errno or errno.EIO, "daemon", str(error)) from error
+    if answer is None:
+        return None
+    reply = protocol.parse_reply(json.dumps(answer).encode())
+    if reply.exit_code == protocol.EXIT_DO_IT_YOURSELF:
+        return None
+    if reply.exit_code:
+        click.echo(reply.err, err=True, nl=False)
+        sys.exit(reply.exit_code)
+    return reply
 
 
 # ---- features, doctor, set_affinity, help ----
@@ -649,7 +832,7 @@ def show_help(ctx: click.Context, kind: str | None) -> None:
 
 def main() -> NoReturn:
     """Run the ``ublk`` command."""
-    cli(prog_name="ublk")
+    cli(prog_name="ublk", obj=sys.argv[2:])
     sys.exit(0)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from . import listing, protocol, server, state
 from .errors import DaemonError
-from .process import ServerProcess
+from .process import ServerProcess, fork, hold_signals
 
 LAUNCH_TIMEOUT_S = server.ADD_TIMEOUT_S + server.START_TIMEOUT_S + server.NODE_TIMEOUT_S + 10
 LEAVE_TIMEOUT_S = 2 * server.STOP_TIMEOUT_S
@@ -55,16 +55,9 @@ class Launch:
         """Fork a server, which runs ``serve`` and never returns here."""
         report_fd, server_fd = os.pipe2(os.O_CLOEXEC)
         words_fd = os.memfd_create("ublk-log", os.MFD_CLOEXEC)
-        # A signal meant for the server must not run a handler of ours in it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        try:
-            pid = os.fork()
-            if pid == 0:
-                server.server_main(serve, what, is_recovery, server_fd, words_fd)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        child = fork(lambda: server.server_main(serve, what, is_recovery, server_fd, words_fd))
         os.close(server_fd)
-        return cls(what, is_recovery, ServerProcess(pid, os.pidfd_open(pid)), report_fd, words_fd)
+        return cls(what, is_recovery, child, report_fd, words_fd)
 
     @property
     def dev_id(self) -> int:
@@ -131,6 +124,10 @@ class Launch:
     def close(self) -> None:
         """Let go of the server, which lives on if it is live; idempotent."""
         self.process.close()
+        self.close_pipes()
+
+    def close_pipes(self) -> None:
+        """Hear no more of the server, but keep :attr:`process`; idempotent."""
         for fd in (self.report_fd, self._words_fd):
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -158,8 +155,15 @@ def launch(
     def serve(on_added: server.OnAdded, on_live: server.OnLive) -> None:
         server.serve(request, describe, on_added, on_live)
 
-    launched = Launch.fork(request.what, serve, is_recovery=request.recover)
+    # Until somebody waits for the server, an interrupt would leave it behind.
+    before = hold_signals()
     try:
+        launched = Launch.fork(request.what, serve, is_recovery=request.recover)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait_live(launched, time.monotonic() + timeout_s)
         return launched.live
     except BaseException:

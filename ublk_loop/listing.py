@@ -90,6 +90,20 @@ def device_text(
     return "\n".join(lines)
 
 
+def shown(
+    info: DevInfo,
+    params: Params,
+    state: DeviceState | None,
+    *,
+    as_json: bool = False,
+    two_lines: bool = False,
+) -> str:
+    """Return what ``ublk add`` and ``recover`` print of a device, with its newline."""
+    if as_json:
+        return json.dumps(device_document(info, params, state), indent=2) + "\n"
+    return device_text(info, params, state, two_lines=two_lines) + "\n"
+
+
 def device_document(info: DevInfo, params: Params, state: DeviceState | None) -> dict[str, Any]:
     """Return what ``ublk list --json`` prints of one device."""
     char_dev, block_dev = _device_numbers(params)

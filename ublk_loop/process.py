@@ -15,7 +15,8 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
 
 _CLONE_NEWNS = 0x00020000
 _MS_REC = 1 << 14
@@ -100,6 +101,57 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def hold_signals() -> set[signal.Signals]:
+    """Block SIGTERM and SIGINT; return the mask that pthread_sigmask() sets again."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    return {signal.Signals(number) for number in held}
+
+
+def fork(child: Callable[[], int]) -> ServerProcess:
+    """Fork a process that runs ``child`` and exits with what it returns; 1 if it raises.
+
+    The child never returns into the caller's code, whose atexit handlers and buffers are not its
+    own, and a signal meant for it never runs a handler of its parent's.
+    """
+    before = hold_signals()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _run_child(child)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return ServerProcess(pid, os.pidfd_open(pid))
+
+
+def _run_child(child: Callable[[], int]) -> NoReturn:
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
+        status = child()
+    except BaseException:
+        _log.exception("process failed")
+    finally:
+        os._exit(status)
+
+
+def fork_to_answer(function: Callable[[], bytes]) -> tuple[ServerProcess, int]:
+    """Fork a process that writes what ``function`` returns into a pipe; return the pipe's end."""
+    answer_fd, child_fd = os.pipe2(os.O_CLOEXEC)
+
+    def answer() -> int:
+        data = function()
+        while data:
+            data = data[os.write(child_fd, data) :]
+        return 0
+
+    child = fork(answer)
+    os.close(child_fd)
+    return child, answer_fd
 
 
 def protect_from_reclaim() -> None:

@@ -18,7 +18,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
-from .state import MAX_DEV_ID, Fields, Json, JsonValue, parse_json
+from .state import (
+    MAX_DEV_ID,
+    DeviceOptions,
+    Fields,
+    Json,
+    JsonValue,
+    TargetSpec,
+    parse_json,
+    parse_options,
+    parse_spec,
+)
 
 MAX_REQUEST_BYTES = 256 << 10
 MAX_REPLY_BYTES = 16 << 20
@@ -28,6 +38,10 @@ MAX_WORD_BYTES = 8192
 EXIT_DO_IT_YOURSELF = -1  # of a Reply: the daemon sees other files than its client
 
 _ERRORS = (BackingFileError, DaemonError, DriverError, UblkLoopError)
+
+
+class UsageRefused(ValueError):
+    """Words that the command does not take; the text is complete, with the usage."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +91,15 @@ class Reply:
     document: Json | None = None
 
 
+def document(request: Request) -> dict[str, Any]:
+    """Return the JSON object that is ``request``."""
+    [name] = [name for name, kind in _COMMANDS.items() if type(request) is kind]
+    return {"command": name, **asdict(request)}
+
+
 def pack_request(request: Request) -> bytes:
     """Return the line that is ``request``."""
-    [name] = [name for name, kind in _COMMANDS.items() if type(request) is kind]
-    return _pack({"command": name, **asdict(request)})
+    return _pack(document(request))
 
 
 def parse_request(line: bytes) -> Request:
@@ -146,6 +165,30 @@ def parse_reply(line: bytes) -> Reply:
     )
 
 
+def pack_wish(dev_id: int, options: DeviceOptions, spec: TargetSpec, as_json: bool) -> bytes:
+    """Return what the words of an Add came to, as the process that read them tells the daemon."""
+    return _pack(
+        {"dev_id": dev_id, "options": asdict(options), "spec": asdict(spec), "as_json": as_json}
+    )
+
+
+def parse_wish(line: bytes) -> tuple[int, DeviceOptions, TargetSpec, bool]:
+    """Return what :func:`pack_wish` packed.
+
+    :raises UsageRefused: what the words came to is an error, by :func:`pack_error`.
+    """
+    document = parse_json(line, MAX_REQUEST_BYTES)
+    if isinstance(document, dict) and "type" in document:
+        raise unpack_error(document)
+    fields = Fields("the wish", document, "dev_id", "options", "spec", "as_json")
+    return (
+        fields.integer("dev_id", -1, MAX_DEV_ID),
+        parse_options(fields.value("options")),
+        parse_spec(fields.value("spec")),
+        fields.boolean("as_json"),
+    )
+
+
 # ---- reports of a server to its parent ----
 
 
@@ -171,7 +214,9 @@ def unpack_error(packed: dict[str, Any]) -> Exception:
     for kind in _ERRORS:
         if packed["type"] == kind.__name__:
             return kind(packed["errno"], packed["what"], packed["hint"])
-    if packed["type"] in ("ValueError", "UsageError"):
+    if packed["type"] == "UsageRefused":
+        return UsageRefused(packed["text"])
+    if packed["type"] == "ValueError":
         return ValueError(packed["text"])
     return DaemonError(errno.EIO, "server", f"{packed['type']}: {packed['text']}")
 

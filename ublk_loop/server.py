@@ -14,19 +14,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import logging
 import os
 import select
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from . import listing, process, protocol, state, uapi
+from . import listing, log, process, protocol, state, uapi
 from .errors import DaemonError, DriverError, UblkLoopError
 from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
 
@@ -46,7 +43,6 @@ START_TIMEOUT_S = 30.0
 NODE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 30.0
 
-_JOURNAL_PATH = "/run/systemd/journal/stdout"
 
 _log = logging.getLogger(__name__)
 
@@ -283,24 +279,15 @@ class _Events:
 # ---- the server as a daemon ----
 
 
-def server_main(
-    serve: Serve, what: str, is_recovery: bool, report_fd: int, words_fd: int
-) -> NoReturn:
-    """Be the server that was just forked: ``serve``, and report to the parent.
+def server_main(serve: Serve, what: str, is_recovery: bool, report_fd: int, words_fd: int) -> int:
+    """Be the server that was just forked: ``serve``, report to the parent, return the exit code.
 
     :param report_fd: where the reports go.
     :param words_fd: where stderr goes until the device is live.
     :param is_recovery: go on if the parent is gone: nobody else serves the device.
     """
-    # Never returns into the caller's code: its atexit handlers and buffers are not ours.
-    status = 1
-    try:
-        report_fd = _detach(report_fd, words_fd)
-        status = _serve_and_report(serve, what, is_recovery, report_fd)
-    except BaseException:
-        _log.exception("server failed")
-    finally:
-        os._exit(status)
+    report_fd = _detach(report_fd, words_fd)
+    return _serve_and_report(serve, what, is_recovery, report_fd)
 
 
 def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int) -> int:
@@ -317,7 +304,7 @@ def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int
 
     def on_live(dev_id: int, description: Any) -> None:
         nonlocal live
-        _switch_log(dev_id)
+        log.switch(f"ublk-{dev_id}", state.log_path(dev_id))
         report(live=description)
         os.close(report_fd)
         live = True
@@ -343,10 +330,6 @@ def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int
 
 def _detach(report_fd: int, words_fd: int) -> int:
     """Leave the caller's session, files and folder; return the report's new fd."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     os.setsid()
     os.chdir("/")
     os.umask(0o077)
@@ -359,57 +342,5 @@ def _detach(report_fd: int, words_fd: int) -> int:
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     os.set_inheritable(3, False)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stream = io.FileIO(2, "w", closefd=False)
-    sys.stdout = sys.stderr = io.TextIOWrapper(
-        stream, errors="backslashreplace", line_buffering=True, write_through=True
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    # Not basicConfig(force=True), which would close the caller's handlers: their files are gone.
-    logging.root.handlers[:] = [handler]
-    logging.root.setLevel(logging.INFO)
+    log.to_stderr()
     return 3
-
-
-def _switch_log(dev_id: int) -> None:
-    """Send stdout and stderr, and what they got so far, to the journal or a file."""
-    import faulthandler
-
-    log_fd = _open_journal(f"ublk-{dev_id}")
-    if log_fd is not None:
-        logging.root.handlers[0].setFormatter(_JournalFormatter())
-    else:
-        path = state.log_path(dev_id)
-        log_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-    early = os.pread(2, 1 << 16, 0)
-    if early:
-        with contextlib.suppress(OSError):
-            os.write(log_fd, early)
-    os.dup2(log_fd, 1)
-    os.dup2(log_fd, 2)
-    os.close(log_fd)
-    faulthandler.enable(2)
-
-
-class _JournalFormatter(logging.Formatter):
-    """Begins a line with its syslog priority, as the journal takes it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = 3 if record.levelno >= logging.ERROR else 4
-        if record.levelno < logging.WARNING:
-            priority = 6
-        return f"<{priority}>{super().format(record)}"
-
-
-def _open_journal(identifier: str) -> int | None:
-    # The header of a journal stream: identifier, unit, priority (6: info), 1: lines may begin with
-    # <priority>, and no forwarding, three times. Source: sd_journal_stream_fd(3). Non-blocking: a
-    # full journal must not stop a server to whose device the journal may be written.
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
-            stream.connect(_JOURNAL_PATH)
-            stream.sendall(f"{identifier}\n\n6\n1\n0\n0\n0\n".encode())
-            stream.setblocking(False)
-            return stream.detach()
-    except OSError:
-        return None

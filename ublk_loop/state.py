@@ -28,6 +28,7 @@ MAX_NR_CPUS = 1 << 16
 POLICIES = ("auto", "2014", "base")
 DATA_MODES = ("auto", "copy", "usercopy")
 MAX_POLL_US = 1_000_000
+MAX_DEADLINE_S = 86_400
 TARGET_TYPES = ("loop", "null", "ram")
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
@@ -51,6 +52,7 @@ class DeviceOptions:
     """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
 
     ``batch`` and ``poll_us`` None, ``data`` auto mean what :meth:`Device.add` chooses.
+    ``recovery_deadline_s``: how long the daemon tries to replace a dead server; None: it does not.
     """
 
     nr_hw_queues: int = 1
@@ -61,6 +63,7 @@ class DeviceOptions:
     batch: bool | None = None
     data: str = "auto"
     poll_us: int | None = None
+    recovery_deadline_s: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,15 @@ def parse(data: bytes) -> DeviceState:
         sysfs_ino=fields.integer("sysfs_ino", 0, 1 << 64),
         server_pid=fields.integer("server_pid", 1, 1 << 22),
         server_start_ticks=fields.integer("server_start_ticks", 0, 1 << 63),
-        options=_parse_options(fields.value("options")),
-        spec=_parse_spec(fields.value("spec")),
+        options=parse_options(fields.value("options")),
+        spec=parse_spec(fields.value("spec")),
         target=fields.mapping("target"),
         queues=_parse_queues(fields.value("queues")),
     )
 
 
-def _parse_options(value: JsonValue) -> DeviceOptions:
+def parse_options(value: JsonValue) -> DeviceOptions:
+    """Return the options that a JSON object holds. :raises ValueError: what is wrong with it."""
     fields = Fields("options", value, *DeviceOptions.__dataclass_fields__)
     return DeviceOptions(
         nr_hw_queues=fields.integer("nr_hw_queues", 1, MAX_NR_HW_QUEUES),
@@ -201,10 +205,12 @@ def _parse_options(value: JsonValue) -> DeviceOptions:
         batch=fields.optional_boolean("batch"),
         data=fields.choice("data", DATA_MODES),
         poll_us=fields.optional_integer("poll_us", 0, MAX_POLL_US),
+        recovery_deadline_s=fields.optional_integer("recovery_deadline_s", 1, MAX_DEADLINE_S),
     )
 
 
-def _parse_spec(value: JsonValue) -> TargetSpec:
+def parse_spec(value: JsonValue) -> TargetSpec:
+    """Return the target that a JSON object holds. :raises ValueError: what is wrong with it."""
     fields = Fields("spec", value, *TargetSpec.__dataclass_fields__)
     spec = TargetSpec(
         type=fields.choice("type", TARGET_TYPES),

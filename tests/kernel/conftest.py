@@ -206,6 +206,8 @@ def leaves_nothing(
     """Fail a test that leaves something behind or made the kernel complain; give it the log."""
     mark = f"{os.getpid()}:{request.node.nodeid}"
     monkeypatch.setenv(MARK, mark)
+    # A daemon outlives the command that starts it: the tests of the daemon have one of their own.
+    monkeypatch.setenv("UBLK_LOOP_DAEMON", "0")
     log = KernelLog()
     before = Census.take(mark)
     yield log

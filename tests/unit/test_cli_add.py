@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from ublk_loop import launch as launching
 from ublk_loop.errors import BackingFileError, DaemonError, DriverError
 from ublk_loop.server import Request
 
-DESCRIPTION = {"text": "dev id 0: ...", "document": {"dev_id": 0}}
-
 Ublk = Callable[..., Result]
 
 
@@ -25,9 +22,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The requests that reached the start of a server, which is as far as these tests go."""
     seen: list[Request] = []
 
-    def launch(request: Request, describe: object) -> object:
+    def launch(request: Request, describe: object) -> str:
         seen.append(request)
-        return DESCRIPTION
+        return "dev id 0: ...\n"
 
     monkeypatch.setattr(launching, "launch", launch)
     return seen
@@ -161,6 +158,11 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         "add -t null -n -2",
         "add -t null -n 1048576",
         "add -t null -r 2",
+        "add -t null -r 1 --recovery reissue",
+        "add -t null -i 1 --recovery_deadline 5",
+        "add -t null --recovery none --recovery_deadline 5",
+        "add -t null --recovery_deadline 0",
+        "add -t ram --size 64M --recovery reissue",
         "add -t null -r yes",
         "add -t null -i 1 -e 1",
         "add -t null --max_io_buf_bytes 4095",
@@ -184,9 +186,46 @@ def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(
     assert requests == []
 
 
-def test_add_prints_the_device_as_json_when_asked(requests: list[Request]) -> None:
-    result = ublk("add", "-t", "null", "--json")
-    assert json.loads(result.stdout) == {"dev_id": 0}
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("-t null", 0x18),
+        ("-t null --recovery reissue", 0x18),
+        ("-t null --recovery fail_inflight", 0x8),
+        ("-t null --recovery fail_all", 0x208),
+    ],
+)
+def test_device_of_the_daemon_is_recovered_by_it_within_the_deadline(
+    words: str, flags: int
+) -> None:
+    request = cli._request(cli.parse_add(words.split()), supervised=True)
+    assert (request.options.flags, request.options.recovery_deadline_s) == (flags, 60)
+    words += " --recovery_deadline 5"
+    request = cli._request(cli.parse_add(words.split()), supervised=True)
+    assert (request.options.flags, request.options.recovery_deadline_s) == (flags, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("-t null --recovery none", 0),
+        ("-t null -r 0", 0),
+        ("-t null -i 1", 0x18),
+        ("-t null -r 1", 0x8),
+        ("-t null --unprivileged", 0x20),
+        ("-t ram --size 1M", 0),
+    ],
+)
+def test_device_of_the_daemon_is_recovered_by_hand_or_not_at_all_when_told(
+    words: str, flags: int
+) -> None:
+    request = cli._request(cli.parse_add(words.split()), supervised=True)
+    assert (request.options.flags, request.options.recovery_deadline_s) == (flags, None)
+
+
+def test_path_is_taken_from_the_folder_of_the_daemons_client() -> None:
+    given = cli.parse_add(["-t", "loop", "-f", "../d.img"])
+    assert cli._request(given, cwd="/srv/a").spec.path == "/srv/d.img"
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,13 @@ def _awk(text: str, pattern: str, field: int) -> str:
     return " ".join(row[field - 1] for row in rows if len(row) >= field)
 
 
+def test_device_is_shown_as_text_or_as_json() -> None:
+    text = listing.device_text(INFO, PARAMS, STATE, two_lines=True)
+    assert listing.shown(INFO, PARAMS, STATE, two_lines=True) == text + "\n"
+    document = json.loads(listing.shown(INFO, PARAMS, STATE, as_json=True))
+    assert document == listing.device_document(INFO, PARAMS, STATE)
+
+
 def test_device_text_is_what_the_reference_server_prints() -> None:
     assert listing.device_text(INFO, PARAMS, STATE).splitlines() == [
         "dev id 3: nr_hw_queues 2 queue_depth 64 block size 4096 dev_capacity 2048",

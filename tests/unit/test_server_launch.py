@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ublk_loop import launch as launching
-from ublk_loop import process, protocol, server, state
+from ublk_loop import log, process, protocol, server, state
 from ublk_loop.errors import BackingFileError, DaemonError
 from ublk_loop.server import Request
 from ublk_loop.state import DeviceOptions, TargetSpec
@@ -28,7 +28,7 @@ Serve = Callable[..., None]
 @pytest.fixture(autouse=True)
 def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(server, "_JOURNAL_PATH", str(tmp_path / "no-journal"))
+    monkeypatch.setattr(log, "JOURNAL_PATH", str(tmp_path / "no-journal"))
     state.make_state_dir()
     return tmp_path / "state"
 
@@ -207,7 +207,7 @@ def test_server_logs_to_the_journal_when_there_is_one(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as journal:
         journal.bind(str(path))
         journal.listen()
-        monkeypatch.setattr(server, "_JOURNAL_PATH", str(path))
+        monkeypatch.setattr(log, "JOURNAL_PATH", str(path))
 
         def serve(request: object, describe: object, on_added: Any, on_live: Any) -> None:
             on_live(7, os.getpid())

@@ -1,0 +1,268 @@
+"""The daemon on the real driver: it starts servers, and no device depends on it.
+
+A daemon runs as a process of its own, with a state folder of the test's. Python starts slowly in an
+emulated guest: most requests are made by the client in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ublk_loop import client, manage, paths, uapi
+from ublk_loop.control import Control, list_dev_ids
+
+Ublk = Callable[..., subprocess.CompletedProcess[str]]
+WaitUntil = Callable[..., None]
+FILE_BYTES = 4 << 20
+MAX_PSS_KIB = 6 << 10
+
+
+class Daemon:
+    """A daemon of the test's own."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+
+    @property
+    def pid(self) -> int:
+        return int(self.status()["pid"])
+
+    def start(self) -> None:
+        client.start()
+
+    def add(self, line: str, *words: object) -> dict[str, Any]:
+        """``ublk add LINE --json``, which must succeed; returns the device."""
+        reply = self.ask("add", line, *words, "--json")
+        assert (reply["exit_code"], reply["err"]) == (0, "")
+        device = json.loads(reply["out"])
+        assert isinstance(device, dict)
+        return device
+
+    def ask(self, command: str, line: str = "", *words: object) -> dict[str, Any]:
+        request: dict[str, Any] = {"command": command}
+        if command == "add":
+            said = [*line.split(), *map(str, words)]
+            request |= {"words": said, "cwd": "/", "two_lines": False}
+        reply = client.ask(request)
+        assert reply is not None
+        return reply
+
+    def status(self) -> dict[str, Any]:
+        document = self.ask("status")["document"]
+        assert isinstance(document, dict)
+        return document
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        pid = self.pid
+        os.kill(pid, number)
+        deadline = time.monotonic() + 20
+        while os.path.exists(f"/proc/{pid}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def shared(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all tests here, as it takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("daemon") / "state"
+        patch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
+        patch.delenv("UBLK_LOOP_DAEMON", raising=False)
+        daemon = Daemon(folder)
+        daemon.start()
+        yield daemon
+        client.ask({"command": "stop"})
+
+
+@pytest.fixture
+def daemon(shared: Daemon, control: Control, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """The daemon, whose devices are deleted at the test's end."""
+    monkeypatch.delenv("UBLK_LOOP_DAEMON")
+    # What a test starts anew is shared by the tests after it, and no leftover.
+    monkeypatch.delenv("UBLK_LOOP_TEST")
+    yield shared
+    for dev_id in list_dev_ids():
+        with contextlib.suppress(OSError):
+            manage.delete(dev_id)
+    shared.start()
+
+
+def _is_alive(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")
+
+
+def test_add_starts_a_daemon_once_and_both_outlive_the_command(
+    daemon: Daemon, ublk: Ublk, backing_file: Callable[..., Path], control: Control
+) -> None:
+    daemon.kill()
+    path = backing_file(FILE_BYTES)
+    words = ["add", "-t", "null", "--size", "1G"]
+    command = [sys.executable, "-m", "ublk_loop", *words]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [each.communicate(timeout=60)[0] for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert all(re.match(r"dev id \d: nr_hw_queues 1 ", text) for text in outputs)
+    added = ublk("add", "-t", "loop", "-f", path, "-n", 7)
+    assert (added.returncode, added.stderr) == (0, "")
+
+    status = daemon.status()
+    assert [device["dev_id"] for device in status["devices"]] == [0, 1, 7]
+    assert {device["phase"] for device in status["devices"]} == {"SERVED"}
+    info = control.get_dev_info(7)
+    assert info.flags & uapi.UBLK_F_USER_RECOVERY_REISSUE
+    assert f"daemon pid {info.ublksrv_pid} flags {info.flags:#x} state LIVE" in added.stdout
+    parent = int(Path(f"/proc/{info.ublksrv_pid}/stat").read_text().split()[3])
+    assert parent == status["pid"]
+    assert oct(os.stat(paths.socket_path()).st_mode & 0o777) == "0o600"
+
+    refused = ublk("daemon", "--detach")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert re.fullmatch(r"ublk: daemon: [^\n]*one runs already\n", refused.stderr)
+    shown = ublk("daemon", "--status")
+    assert "dev id 7: SERVED" in shown.stdout
+    deleted = ublk("del", "-a")
+    assert (deleted.returncode, deleted.stderr) == (0, "")
+    assert daemon.status()["devices"] == []
+
+
+def test_add_by_the_daemon_fails_as_without_one_and_leaves_nothing(
+    daemon: Daemon, tmp_path: Path, backing_file: Callable[..., Path]
+) -> None:
+    reply = daemon.ask("add", "-t loop -f", tmp_path / "absent")
+    assert (reply["exit_code"], reply["out"]) == (1, "")
+    assert reply["err"] == f"ublk: {tmp_path}/absent: No such file or directory\n"
+    reply = daemon.ask("add", "-t null -q 0")
+    assert reply["exit_code"] == 2
+    assert "Invalid value for '-q'" in reply["err"]
+    reply = daemon.ask("add", "-t loop --size 8M -f", backing_file(FILE_BYTES))
+    assert "do not fit" in reply["err"]
+    assert daemon.status()["devices"] == []
+    assert list_dev_ids() == []
+
+
+def test_devices_are_served_on_when_the_daemon_is_killed_and_the_next_one_finds_them(
+    daemon: Daemon,
+    backing_file: Callable[..., Path],
+    pattern: Callable[..., bytes],
+    open_block: Any,
+    wait_until: WaitUntil,
+) -> None:
+    path = backing_file(FILE_BYTES)
+    added = daemon.add("-t loop -f", path)
+    daemon.kill()
+    data = pattern(8192)
+    with open_block(added["block_device"]) as block:
+        block.write(0, data)
+    assert path.read_bytes()[:8192] == data
+
+    daemon.start()
+    [device] = daemon.status()["devices"]
+    assert (device["dev_id"], device["server_pid"]) == (added["dev_id"], added["server_pid"])
+    daemon.kill(signal.SIGTERM)
+    assert _is_alive(added["server_pid"])
+    assert client.ask({"command": "status"}) is None
+    daemon.start()
+    manage.delete(added["dev_id"])
+    wait_until(lambda: daemon.status()["devices"] == [])
+
+
+def test_device_is_taken_back_when_its_client_hangs_up(
+    daemon: Daemon, wait_until: WaitUntil, tmp_path: Path
+) -> None:
+    connection = client._connect()
+    assert connection is not None
+    request = {"command": "add", "words": ["-t", "null"], "cwd": "/", "two_lines": False}
+    connection.sendall(json.dumps(request).encode() + b"\n")
+    connection.close()
+    daemon.add("-t null -n 9")  # whatever became of the other one, the daemon goes on
+    manage.delete(9)
+    wait_until(lambda: daemon.status()["devices"] == [], timeout_s=30)
+    wait_until(lambda: list_dev_ids() == [], timeout_s=30)
+
+
+def test_daemon_answers_a_bad_request_with_an_error(daemon: Daemon) -> None:
+    pid = daemon.pid
+    for line in (
+        b"\n",
+        b"{}\n",
+        b"\xff\n",
+        b'{"command":"quit"}\n',
+        b'{"command":"stop"}\n{}\n',
+        b"[" * 300_000,
+    ):
+        connection = client._connect()
+        assert connection is not None
+        with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.settimeout(10)
+            connection.sendall(line)
+            reply = json.loads(connection.makefile("rb").read())
+            assert reply["exit_code"] == 1
+            assert re.fullmatch(r"ublk: bad request: [^\n]+\n", reply["err"])
+    assert daemon.pid == pid
+
+
+def test_daemon_adds_the_devices_of_its_configuration(
+    daemon: Daemon, tmp_path: Path, backing_file: Callable[..., Path], wait_until: WaitUntil
+) -> None:
+    daemon.kill(signal.SIGTERM)
+    path = backing_file(FILE_BYTES)
+    config = tmp_path / "ublk.toml"
+    config.write_text(
+        f'[device.3]\ntype = "loop"\nfile = "{path}"\nread_only = true\n'
+        '[device.4]\ntype = "null"\nrecovery = "none"\n'
+        '[device.5]\ntype = "loop"\nfile = "/nonexistent"\n'
+    )
+    words = [sys.executable, "-m", "ublk_loop", "daemon", "--config", str(config)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: client.ask({"command": "status"}) is not None, timeout_s=30)
+        wait_until(lambda: len(daemon.status()["devices"]) == 2, timeout_s=30)
+        assert list_dev_ids() == [3, 4]
+        assert Path("/sys/block/ublkb3/ro").read_text() == "1\n"
+        client.ask({"command": "stop"})
+        log = process.communicate(timeout=30)[1]
+        assert "/nonexistent: No such file or directory" in log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_idle_device_costs_little_memory_and_the_daemon_does_not_wake_up(
+    daemon: Daemon, wait_until: WaitUntil
+) -> None:
+    added = [daemon.add("-t null -d 128") for _ in range(20)]
+    pids = [device["server_pid"] for device in added]
+    rollup = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    pss_kib = [int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) for text in rollup]  # type: ignore[index]
+    print("PSS in KiB:", pss_kib)
+    assert max(pss_kib) <= MAX_PSS_KIB
+
+    def switches() -> str:
+        return re.findall(r"ctxt_switches:\s+\d+", Path(f"/proc/{daemon_pid}/status").read_text())
+
+    daemon_pid = daemon.pid
+    before = switches()
+    with pytest.raises(TimeoutError):
+        _wait_for_change(switches, before, timeout_s=2)
+
+
+def _wait_for_change(look: Callable[[], object], before: object, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while look() == before:
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        time.sleep(0.05)
+    raise AssertionError(f"{before} became {look()}: {errno.errorcode}")

@@ -1,0 +1,494 @@
+"""``ublk daemon``: forks the servers, and keeps their devices served.
+
+    Daemon    the socket, the devices, boot, and the end
+    _Session  one connection: one request, one reply
+
+One single-threaded process that opens neither the driver nor a ring: what needs them, or waits, is
+done by forked children, whose modules are loaded here once, and whose memory is shared until they
+write to it. A child reports through a pipe; its end shows by pidfd. Servers do not depend on the
+daemon: it may end or be killed at any time, and the next one finds them by their state files.
+
+In: requests on /run/ublk/daemon.sock, from root or the daemon's own user. Out: replies, servers,
+the log. Idle, it sleeps until something happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from . import boot, cli, events, listing, log, paths, process, protocol, server, state, systemd
+from .errors import DaemonError, UblkLoopError
+from .launch import LAUNCH_TIMEOUT_S, Launch
+from .protocol import EXIT_DO_IT_YOURSELF, Reply
+from .supervise import Supervised, let_go
+
+MAX_SESSIONS = 512
+REQUEST_TIMEOUT_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """Serves requests on ``listener`` until it is stopped; the devices live on.
+
+    :param config_path: the devices to add first.
+    """
+
+    def __init__(self, listener: socket.socket, config_path: str) -> None:
+        self.loop = events.Loop()
+        self._listener = listener
+        self._config_path = config_path
+        self._devices: dict[int, Supervised] = {}
+        self._sessions: set[_Session] = set()
+        self._nr_booting = 0
+
+    def run(self) -> None:
+        """Find the devices, add those of the configuration, and serve requests until stopped."""
+        self._listener.setblocking(False)
+        self.loop.watch(self._listener.fileno(), self._accept)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.on_signal(number, self.stop)
+        self._start_watchdog()
+        self._find_devices()
+        self._boot()
+        self.loop.run()
+        systemd.notify("STOPPING=1")
+        self.loop.close()
+
+    def stop(self) -> None:
+        """End the daemon. What is being added gives up by itself; devices are served on."""
+        _log.info("daemon ends; %d devices are served on", len(self._devices))
+        self.loop.stop()
+
+    # ---- what to serve ----
+
+    def _find_devices(self) -> None:
+        for dev_id in _known_dev_ids():
+            self._supervised(dev_id).look()
+
+    def _supervised(self, dev_id: int) -> Supervised:
+        if dev_id not in self._devices:
+            self._devices[dev_id] = Supervised(self.loop, dev_id, cli.serve_recovery, self._forget)
+        return self._devices[dev_id]
+
+    def _forget(self, dev_id: int) -> None:
+        self._devices.pop(dev_id, None)
+
+    def _boot(self) -> None:
+        try:
+            devices = boot.read(self._config_path)
+        except UblkLoopError as error:
+            _log.error("%s", error)
+            devices = {}
+        for dev_id, words in devices.items():
+            if listing.sysfs_ino(dev_id) or dev_id in self._devices:
+                continue
+            self._nr_booting += 1
+            Adding(self, protocol.Add(words), self._booted)
+        if not self._nr_booting:
+            systemd.notify("READY=1")
+
+    def _booted(self, reply: Reply) -> None:
+        if reply.exit_code:
+            _log.error("%s: %s", self._config_path, reply.err.strip())
+        self._nr_booting -= 1
+        if not self._nr_booting:
+            systemd.notify("READY=1")
+
+    def _start_watchdog(self) -> None:
+        within_s = systemd.watchdog_s()
+        if within_s is not None:
+            systemd.notify("WATCHDOG=1")
+            self.loop.call_later(within_s / 2, self._start_watchdog)
+
+    # ---- requests ----
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            connection, _ = self._listener.accept()
+            if len(self._sessions) >= MAX_SESSIONS:
+                connection.close()
+                return
+            self._sessions.add(_Session(self, connection, self._sessions.discard))
+
+    def handle(self, request: protocol.Request, session: _Session) -> None:
+        """Do what a client asks for, and have the session reply."""
+        if isinstance(request, protocol.Add):
+            adding = Adding(self, request, session.reply)
+            session.on_hang_up = adding.abandon
+        elif isinstance(request, protocol.Recover):
+            self._recover(request, session)
+        elif isinstance(request, protocol.Status):
+            session.reply(Reply(document=self._status()))
+        else:
+            session.reply(Reply())
+            self.stop()
+
+    def _recover(self, request: protocol.Recover, session: _Session) -> None:
+        def done(live: Any, error: Exception | None) -> None:
+            session.reply(Reply(out=live) if error is None else _refusal(error))
+
+        how = {"as_json": request.as_json, "two_lines": request.two_lines}
+        self._supervised(request.dev_id).recover(done, **how)
+
+    def added(self, dev_id: int, server: process.ServerProcess) -> None:
+        """Take over a server that was just started."""
+        self._supervised(dev_id).watch(server)
+
+    def _status(self) -> dict[str, Any]:
+        devices = [
+            {
+                "dev_id": dev_id,
+                "phase": device.phase,
+                "server_pid": device.server_pid,
+                "nr_recoveries": device.nr_recoveries,
+            }
+            for dev_id, device in sorted(self._devices.items())
+        ]
+        orphans = sorted(set(_dev_ids()) - set(self._devices))
+        return {"pid": os.getpid(), "devices": devices, "orphans": orphans}
+
+
+class Adding:
+    """A device on its way: its server until it is live, then a reply.
+
+    :param done: called once with the reply.
+    """
+
+    def __init__(
+        self, daemon: Daemon, request: protocol.Add, done: Callable[[Reply], None]
+    ) -> None:
+        self._daemon = daemon
+        self._loop = daemon.loop
+        self._done = done
+        self._two_lines = request.two_lines
+        self._is_abandoned = False
+        self._launch: Launch | None = None
+        # Reading the words writes to some MiB of click's objects, which no server should inherit.
+        self._reader, self._answer_fd = process.fork_to_answer(lambda: _read_words(request))
+        self._answer = b""
+        self._loop.watch(self._answer_fd, self._read)
+
+    def abandon(self) -> None:
+        """Take the device back: nobody waits for it any more."""
+        self._is_abandoned = True
+        if self._launch is not None:
+            self._fail(self._launch, DaemonError(errno.EINTR, "add"))
+
+    def _read(self) -> None:
+        data = os.read(self._answer_fd, 65536)
+        self._answer += data
+        if data:
+            return
+        self._loop.unwatch(self._answer_fd)
+        os.close(self._answer_fd)
+        self._reader.wait(5)
+        let_go(self._loop, self._reader)
+        try:
+            if self._is_abandoned:
+                raise DaemonError(errno.EINTR, "add")
+            dev_id, options, spec, as_json = protocol.parse_wish(self._answer)
+        except (OSError, ValueError) as error:
+            self._done(_refusal(error))
+            return
+        wish = server.Request(options, spec, dev_id=dev_id)
+        serve = cli.serve_new(wish, as_json=as_json, two_lines=self._two_lines)
+        self._launch = Launch.fork(wish.what, serve)
+        self._timer = self._loop.call_later(LAUNCH_TIMEOUT_S, self._timed_out)
+        self._loop.watch(self._launch.report_fd, self._reported)
+
+    def _reported(self) -> None:
+        launch = self._launch
+        assert launch is not None
+        try:
+            if not launch.read() and not launch.is_live:
+                raise launch.died()
+        except (OSError, ValueError) as error:
+            self._fail(launch, error)
+            return
+        if launch.is_live:
+            self._close(launch)
+            self._daemon.added(launch.dev_id, launch.process)
+            _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
+            self._done(Reply(out=launch.live))
+
+    def _timed_out(self) -> None:
+        assert self._launch is not None
+        self._fail(self._launch, self._launch.timed_out())
+
+    def _fail(self, launch: Launch, error: Exception) -> None:
+        if launch.report_fd < 0:
+            return
+        self._close(launch)
+        # Waits for the server's end; the reply says that nothing is left, so it comes after that.
+        helper = process.fork(lambda: _take_back(launch))
+
+        def ended() -> None:
+            let_go(self._loop, helper)
+            launch.reap(0)
+            launch.close()
+            self._done(_refusal(error))
+
+        self._loop.watch(helper.fileno(), ended)
+
+    def _close(self, launch: Launch) -> None:
+        self._timer.cancel()
+        self._loop.unwatch(launch.report_fd)
+        launch.close_pipes()
+
+
+class _Session:
+    """A connection: reads one request, waits for its reply, writes that, and closes."""
+
+    def __init__(
+        self, daemon: Daemon, connection: socket.socket, forget: Callable[[_Session], None]
+    ) -> None:
+        self.on_hang_up: Callable[[], None] | None = None
+        self._daemon = daemon
+        self._loop = daemon.loop
+        self._connection = connection
+        self._forget = forget
+        self._data = b""
+        self._is_busy = False
+        connection.setblocking(False)
+        self._timer = self._loop.call_later(REQUEST_TIMEOUT_S, self._close)
+        self._loop.watch(connection.fileno(), self._read)
+
+    def reply(self, reply: Reply) -> None:
+        """Send the reply, as fast as the client takes it; nothing if it has hung up."""
+        self.on_hang_up = None
+        if self._connection.fileno() < 0:
+            return
+        self._data = protocol.pack_reply(reply)
+        self._timer.cancel()
+        self._timer = self._loop.call_later(REQUEST_TIMEOUT_S, self._close)
+        self._write()
+
+    def _read(self) -> None:
+        try:
+            data = self._connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data or self._is_busy:
+            # It has hung up, or says more than the one request of a connection.
+            self._close()
+            return
+        self._data += data
+        line, newline, rest = self._data.partition(b"\n")
+        if newline or len(self._data) > protocol.MAX_REQUEST_BYTES:
+            self._timer.cancel()
+            self._is_busy = True
+            self._take(line, rest)
+
+    def _take(self, line: bytes, rest: bytes) -> None:
+        try:
+            if rest:
+                raise ValueError("there is more than one line")
+            where = self._where()
+            if where:
+                self.reply(Reply(EXIT_DO_IT_YOURSELF, err=where))
+                return
+            request = protocol.parse_request(line)
+        except (ValueError, PermissionError) as error:
+            self.reply(Reply(1, err=f"ublk: bad request: {_one_line(str(error))}\n"))
+            return
+        self._daemon.handle(request, self)
+
+    def _where(self) -> str:
+        """Return why the client's paths are not the daemon's; empty: they are.
+
+        :raises PermissionError: the client is neither root nor the daemon's user.
+        """
+        option = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("iII", option)
+        if uid not in (0, os.geteuid()):
+            raise PermissionError(f"user {uid} may not")
+        try:
+            theirs = os.readlink(f"/proc/{pid}/ns/mnt"), os.stat(f"/proc/{pid}/root").st_ino
+        except OSError:
+            return "the client is gone, or in another pid namespace"
+        ours = os.readlink("/proc/self/ns/mnt"), os.stat("/proc/self/root").st_ino
+        return "" if theirs == ours else "the client is in another mount namespace"
+
+    def _write(self) -> None:
+        try:
+            self._data = self._data[self._connection.send(self._data) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._data = b""
+        if self._data:
+            self._loop.watch(self._connection.fileno(), self._write, events.WRITE)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        if self._connection.fileno() < 0:
+            return
+        self._timer.cancel()
+        self._loop.unwatch(self._connection.fileno())
+        self._connection.close()
+        self._forget(self)
+        hang_up, self.on_hang_up = self.on_hang_up, None
+        if hang_up is not None:
+            hang_up()
+
+
+def _read_words(request: protocol.Add) -> bytes:
+    try:
+        wish, as_json = cli.read_words(request)
+    except ValueError as error:
+        return protocol.pack_report(**protocol.pack_error(error))
+    return protocol.pack_wish(wish.dev_id, wish.options, wish.spec, as_json)
+
+
+def _take_back(launch: Launch) -> int:
+    launch.abandon()
+    return 0
+
+
+def _refusal(error: Exception) -> Reply:
+    if isinstance(error, protocol.UsageRefused):
+        return Reply(2, err=str(error))
+    return Reply(1, err=f"ublk: {_one_line(str(error))}\n")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _known_dev_ids() -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(paths.state_dir())
+        return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{1,7}\.json", name))
+    return []
+
+
+def _dev_ids() -> list[int]:
+    from .control import list_dev_ids
+
+    return list_dev_ids()
+
+
+# ---- the start of the process ----
+
+
+def main(config_path: str, *, detach: bool = False) -> None:
+    """Be the daemon, or start it in the background and return once it listens.
+
+    :raises DaemonError: EBUSY if one runs; what the folder or the socket said.
+    """
+    state.make_state_dir()
+    if not detach:
+        lock_fd = _take_lock()
+        log.to_stderr()
+        if os.environ.get("JOURNAL_STREAM"):
+            log.say_priorities()
+        _run(config_path, lock_fd)
+        return
+    ready_fd, child_fd = os.pipe2(os.O_CLOEXEC)
+    child = process.fork(lambda: _detached(config_path, child_fd))
+    os.close(child_fd)
+    with child, open(ready_fd, "rb") as ready:
+        text = ready.read()
+    if text != b"ready":
+        raise (
+            protocol.unpack_error(json.loads(text)) if text else DaemonError(errno.ESRCH, "daemon")
+        )
+
+
+def _detached(config_path: str, ready_fd: int) -> int:
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    null_fd = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null_fd, fd)
+    ready_fd = fcntl.fcntl(ready_fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.dup2(ready_fd, 3, inheritable=False)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    log.to_stderr()
+    log.switch("ublk-daemon", f"{paths.state_dir()}/daemon.log", keep_early=False)
+    try:
+        lock_fd = _take_lock()
+    except UblkLoopError as error:
+        os.write(3, protocol.pack_report(**protocol.pack_error(error)))
+        return 1
+    _run(config_path, lock_fd, lambda: _say_ready(3))
+    return 0
+
+
+def _say_ready(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.write(fd, b"ready")
+    os.close(fd)
+
+
+def _run(config_path: str, lock_fd: int, on_listening: Callable[[], None] = lambda: None) -> None:
+    os.chdir("/")
+    os.umask(0o077)
+    listener = _listen()
+    on_listening()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    process.protect_from_reclaim()
+    _preload()
+    _log.info("daemon runs, pid %d", os.getpid())
+    Daemon(listener, config_path).run()
+    os.close(lock_fd)
+
+
+def _take_lock() -> int:
+    # Held for life: it makes the daemon the only one of its state folder.
+    path = f"{paths.state_dir()}/daemon.lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise DaemonError(errno.EBUSY, "daemon", "one runs already") from None
+    return fd
+
+
+def _listen() -> socket.socket:
+    try:
+        given_fd = systemd.listen_fd()
+    except ValueError as error:
+        raise DaemonError(errno.EINVAL, "daemon", str(error)) from error
+    if given_fd is not None:
+        return socket.socket(fileno=given_fd)
+    path = paths.socket_path()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with paths.short(path) as address:
+        listener.bind(address)
+    os.chmod(path, 0o600)
+    listener.listen(128)
+    return listener
+
+
+def _preload() -> None:
+    """Load what a server needs, once, and keep the garbage collector from writing to it."""
+    import ctypes
+    import faulthandler  # noqa: F401
+
+    from . import control, device, manage, target, workqueue  # noqa: F401
+
+    ctypes.CDLL(None)
+    gc.collect()
+    gc.freeze()
