@@ -25,6 +25,7 @@ from .tables import all_tables, markdown
 QUICK = "quick"
 WIDTH = 200  # of a table that goes to a file
 PIECE_S = 220.0
+RAMP_S = 0.1
 PIECE_NAMES = "\n".join(f"  {piece.name:<11} {piece.about}" for piece in PIECES)
 EPILOG = f"""\b
 Profiles: quick (ours beside /dev/loop, the four patterns), full (all that follow, which makes the
@@ -189,7 +190,7 @@ def _adjust(
     if rounds:
         profile = replace(profile, nr_rounds_min=rounds, nr_rounds_max=rounds)
     if icount:
-        profile = replace(profile, icount=True, warm_up=True)
+        profile = replace(profile, icount=True, ramp_s=RAMP_S)
     return profile
 
 

@@ -102,4 +102,4 @@ def _profile(value: dict[str, Any]) -> Profile:
         )
         for part in value["parts"]
     )
-    return Profile(**{**value, "parts": parts})
+    return Profile(**{**value, "parts": parts, "once": tuple(value["once"])})

@@ -48,8 +48,11 @@ class Job:
         parts += {"": [], "all": ["one CPU"], "server": ["one CPU, kworkers free"]}[self.pin]
         return " ".join(parts)
 
-    def command(self, path: str, nr_bytes: int, seconds: float) -> list[str]:
-        """Return the fio command line; ``path`` is used up to ``nr_bytes``."""
+    def command(self, path: str, nr_bytes: int, seconds: float, ramp_s: float = 0) -> list[str]:
+        """Return the fio command line; ``path`` is used up to ``nr_bytes``.
+
+        :param ramp_s: how long to run before it counts.
+        """
         pinned = ["taskset", "-c", "0"] if self.pin else []
         return [
             *pinned,
@@ -65,6 +68,7 @@ class Job:
             "--iodepth_batch_complete_min=1",
             f"--iodepth_batch_complete_max={self.batch}",
             f"--runtime={seconds * 1000:.0f}ms",  # of seconds it takes whole ones
+            *([f"--ramp_time={ramp_s * 1000:.0f}ms"] if ramp_s else []),
             "--ioengine=libaio",
             "--direct=1",
             "--time_based",
@@ -109,9 +113,10 @@ def parse_report(output: str, rw: str) -> Sample:
     return Sample(way["iops"], way["bw_bytes"], latency)
 
 
-def run_fio(job: Job, path: str, nr_bytes: int, seconds: float) -> Sample:
+def run_fio(job: Job, path: str, nr_bytes: int, seconds: float, ramp_s: float = 0) -> Sample:
     """Run fio once."""
-    output = run(*job.command(path, nr_bytes, seconds), timeout_s=seconds + FIO_GRACE_S)
+    command = job.command(path, nr_bytes, seconds, ramp_s)
+    output = run(*command, timeout_s=seconds + FIO_GRACE_S)
     return parse_report(output, job.rw)
 
 

@@ -49,7 +49,8 @@ class Profile:
     nr_rounds_max: int = 15
     width: float = 0.1  # an interval no wider, relative to its median, is narrow
     icount: bool = False
-    warm_up: bool = False  # a first short run that is thrown away
+    ramp_s: float = 0.0  # how long fio runs before it counts
+    once: tuple[str, ...] = ()  # subjects of the first round only
 
 
 def _jobs(patterns: tuple[str, ...], **settings: int | str) -> tuple[Job, ...]:
@@ -75,7 +76,7 @@ PIECES = (
         nr_rounds_min=2,
         nr_rounds_max=2,
         icount=True,
-        warm_up=True,
+        ramp_s=0.1,
     ),
     Profile("tmpfs", "goal 3 on tmpfs", (_part(TMPFS, _jobs(PATTERNS), *_ALL),)),
     Profile("ext4", "goal 3 on ext4", (_part(EXT4, _jobs(PATTERNS), *_ALL),)),
@@ -163,7 +164,7 @@ QUICK = Profile(
     seconds=3,
     nr_rounds_max=3,
 )
-# Short runs: counted instructions repeat to 0.5 % from the second run on.
+# Short runs: counted instructions repeat to 0.5 % once a run is warm.
 GATE = Profile(
     "gate",
     "instructions per I/O, for tools/icount_gate.py",
@@ -174,10 +175,11 @@ GATE = Profile(
         _part(NO_BACKING, _jobs(("randread",)), OUR_NULL),
     ),
     seconds=0.2,
-    nr_rounds_min=3,
-    nr_rounds_max=3,
+    nr_rounds_min=2,
+    nr_rounds_max=2,
     icount=True,
-    warm_up=True,
+    ramp_s=0.1,
+    once=("loop",),
 )
 PROFILES = {profile.name: profile for profile in (QUICK, *PIECES)}
 FULL = "full"

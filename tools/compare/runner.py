@@ -26,7 +26,7 @@ from .progress import Progress
 from .results import Cell, Environment, Report, today
 from .subjects import Served, Subject, parse_subject, workqueues_on_one_cpu
 
-WARM_UP_S = 0.1
+BUSY_S = 0.1  # how long a device works before its idleness is measured
 NULL_BYTES = 1 << 30
 
 
@@ -100,14 +100,12 @@ class Runner:
                     cells = [cell for cell in cells if not cell.is_narrow(self.profile.width)]
 
     def _measure_round(self, cell: Cell, group: Group, served: dict[str, Served]) -> None:
-        names = list(served)
+        names = [name for name in served if not (cell.rounds and name in self.profile.once)]
         random.shuffle(names)
         samples = {}
         for name in names:
             self._tell(f"{cell.name} {name}")
             begin = time.monotonic()
-            if self.profile.warm_up and not cell.rounds:
-                self._sample(cell.job, group.backing, served[name], WARM_UP_S)
             samples[name] = self._sample(
                 cell.job, group.backing, served[name], self.profile.seconds
             )
@@ -117,12 +115,12 @@ class Runner:
 
     def _sample(self, job: Job, backing: Backing, device: Served, seconds: float) -> Sample:
         if job.rw == IDLE:
-            run_fio(Job("randread"), device.path, backing.nr_bytes, WARM_UP_S)
+            run_fio(Job("randread"), device.path, backing.nr_bytes, BUSY_S)
             return count_wakeups(device.server_pid)
         if backing.is_cold:
             drop_caches()
         nr_bytes = NULL_BYTES if backing.name == NONE else backing.nr_bytes
-        return run_fio(job, device.path, nr_bytes, seconds)
+        return run_fio(job, device.path, nr_bytes, seconds, self.profile.ramp_s)
 
     def _tell(self, what: str) -> None:
         expected = max(self._nr_expected, self._nr_done)
