@@ -209,7 +209,7 @@ def test_del_refuses_while_the_device_is_swap(
 
 
 def test_del_names_the_mount_of_a_partition(
-    here: Here, control: Control, backing_file: Callable[..., Path], mounted: Any
+    here: Here, backing_file: Callable[..., Path], mounted: Any, wait_until: WaitUntil
 ) -> None:
     path = backing_file(FILE_BYTES)
     # One MBR entry: Linux, from sector 2048 to the end.
@@ -220,7 +220,7 @@ def test_del_names_the_mount_of_a_partition(
         file.write(entry + bytes(48) + b"\x55\xaa")
     added = json.loads(here("add -t loop --json -f", path).stdout)
     part = f"{added['block_device']}p1"
-    subprocess.run(["blockdev", "--rereadpt", added["block_device"]], check=True)
+    wait_until(lambda: os.path.exists(part))  # the driver may look for partitions later
     subprocess.run(["mkfs.ext4", "-q", part], check=True)
     with mounted(part) as folder:
         _assert_refused(here, added["dev_id"], f"mounted on {folder}")
