@@ -24,7 +24,7 @@ from .jobs import IDLE, Job, Sample, count_wakeups, run_fio
 from .profiles import Profile
 from .progress import Progress
 from .results import Cell, Environment, Report, today
-from .subjects import Served, Subject, parse_subject, workqueues_on_one_cpu
+from .subjects import Served, Subject, daemon_of_its_own, parse_subject, workqueues_on_one_cpu
 
 BUSY_S = 0.1  # how long a device works before its idleness is measured
 NULL_BYTES = 1 << 30
@@ -136,6 +136,8 @@ class Runner:
         with contextlib.ExitStack() as stack:
             if self.profile.icount:
                 stack.enter_context(no_writeback())
+            if group.pin:
+                stack.enter_context(daemon_of_its_own())
             if group.pin == "all":
                 stack.enter_context(workqueues_on_one_cpu())
             root = stack.enter_context(group.backing.directory(len(group.subjects)))

@@ -150,6 +150,24 @@ def workqueues_on_one_cpu() -> Iterator[None]:
         WORKQUEUE_MASK.write_text(before)
 
 
+@contextlib.contextmanager
+def daemon_of_its_own() -> Iterator[None]:
+    """Have servers forked by a daemon that the block's first `ublk add` starts, pinned as that is.
+
+    A daemon that runs is stopped, which no device notices; the next add starts another.
+    """
+    try:
+        _stop_daemon()
+        yield
+    finally:
+        _stop_daemon()
+
+
+def _stop_daemon() -> None:
+    with contextlib.suppress(CompareError):  # none runs
+        run(*UBLK, "daemon", "--stop")
+
+
 def _sysfs(node: str) -> Path:
     return Path("/sys/block") / Path(node).name
 
