@@ -67,7 +67,11 @@ class Runner:
         self._deadline = time.monotonic() + budget_s
         self._run_s = profile.seconds + 1  # what a run takes; measured as we go
         self._nr_done = 0
-        self._nr_expected = sum(group.nr_runs for group in self.groups) * profile.nr_rounds_min
+        self._nr_expected = sum(
+            len(group.cells) * (1 if subject.name in profile.once else profile.nr_rounds_min)
+            for group in self.groups
+            for subject in group.subjects
+        )
 
     def run(self) -> Report:
         """Measure, and return what came out."""
