@@ -189,3 +189,51 @@ def test_device_added_with_r_waits_for_recover_by_hand(
     none = client.ask({**request, "dev_id": 77})
     assert none is not None
     assert (none["exit_code"], none["out"]) == (1, "")
+
+
+def test_write_of_a_killed_server_does_not_land_after_that_of_the_next(
+    add: Callable[..., dict[str, Any]],
+    run: Callable[..., str],
+    open_block: Any,
+    wait_until: WaitUntil,
+) -> None:
+    # A disk that holds a write back for 3 s: the dead server's is in flight when it dies.
+    nr_sectors = 16 << 11
+    run("modprobe", "brd", "rd_nr=1", "rd_size=16384")
+    table = f"0 {nr_sectors} delay /dev/ram0 0 0 /dev/ram0 0 3000"
+    run("dmsetup", "create", "slow", "--table", table)
+    run("dmsetup", "mknodes")
+    try:
+        # In flight requests fail, so that the old write is not simply issued again.
+        added = add("-t loop --recovery fail_inflight -f /dev/mapper/slow")
+        old, new = b"o" * 4096, b"n" * 4096
+        errors: list[OSError] = []
+
+        def write_old() -> None:
+            with open_block(added["block_device"]) as block:
+                try:
+                    block.write(0, old)
+                except OSError as error:
+                    errors.append(error)
+
+        def is_in_flight() -> bool:
+            # The target's status: how many reads, writes and flushes it holds back.
+            return int(run("dmsetup", "status", "slow").split()[4]) > 0
+
+        writer = threading.Thread(target=write_old)
+        writer.start()
+        wait_until(is_in_flight, timeout_s=20)
+        os.kill(added["server_pid"], signal.SIGKILL)
+        writer.join(60)
+        assert len(errors) == 1
+        with open_block(added["block_device"]) as block:
+            block.write(0, new)
+        run("dmsetup", "suspend", "slow")  # waits for all that is in flight below
+        run("dmsetup", "resume", "slow")
+        with open_block("/dev/ram0") as disk:
+            assert disk.read(0, 4096) == new
+    finally:
+        for dev_id in list_dev_ids():
+            manage.delete(dev_id, force=True)
+        run("dmsetup", "remove", "--retry", "slow")
+        run("rmmod", "brd")
