@@ -19,7 +19,7 @@ from ublk_loop.errors import DriverError
 KIB = 1 << 10
 MIB = 1 << 20
 DEV_BYTES = 16 * MIB
-NR_KILLS = 27  # in three kinds of device
+NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "27"))  # in three kinds of device
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def nr_written(dev) -> int:
     return int(stat.split()[4])
 
 
-@pytest.mark.deadline(300)
+@pytest.mark.deadline(240 + 6 * NR_KILLS)
 @pytest.mark.parametrize(
     ("policy", "direct", "backing", "options"),
     [

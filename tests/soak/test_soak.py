@@ -6,6 +6,13 @@ Run by hand, as root, on a kernel with ublk_drv or in a guest (tools/vm.py):
 
 Each test goes on for UBLK_LOOP_SOAK_S seconds (600 by default). ``UBLK_LOOP_SOAK_SEED`` repeats the
 choices of a run that failed; every failure names its seed and round.
+
+Some kernel tests go on for longer when told so, which docs/reliability.md did for its figures:
+
+    UBLK_LOOP_SOAK_KILLS=1000     tests/kernel/test_kills.py
+    UBLK_LOOP_SOAK_CUTS=100       tests/kernel/test_power_cut.py   (each of three; 4 GiB of memory)
+
+tests/soak/fuzz.py needs no driver.
 """
 
 from __future__ import annotations

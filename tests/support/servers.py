@@ -32,6 +32,11 @@ class Apart:
         self.dev_id, self.pid = self._launch(-1, recover=False)
 
     @property
+    def recovers(self) -> bool:
+        """Whether the device waits for another server when its server dies."""
+        return bool(self._options.flags & UBLK_F_USER_RECOVERY)
+
+    @property
     def block_path(self) -> str:
         return f"/dev/ublkb{self.dev_id}"
 
