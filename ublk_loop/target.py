@@ -384,6 +384,7 @@ class LoopTarget(Target):
         natural = _ioctl_u32(self._fd, _BLKPBSZGET) if self._is_block else info.st_blksize
         self.physical_bs = max(self.logical_bs, min(natural, PAGE_BYTES))
         self.discard_granularity = self.physical_bs
+        self.rotational = _is_rotational(info.st_rdev if self._is_block else info.st_dev)
         self._can_punch = not self.read_only and self._probe_punch(info)
         if self.direct:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
@@ -451,6 +452,15 @@ def check_policy(policy: str) -> None:
 def _check_size(size: int, logical_bs: int) -> None:
     if size <= 0 or size % logical_bs:
         raise ValueError(f"size {size} is not a positive multiple of {logical_bs} bytes")
+
+
+def _is_rotational(dev: int) -> bool:
+    # A partition has its disk's queue. A file system without a disk of its own (tmpfs) has none.
+    node = Path(f"/sys/dev/block/{os.major(dev)}:{os.minor(dev)}")
+    for queue in (node / "queue", node.resolve().parent / "queue"):
+        with contextlib.suppress(OSError):
+            return (queue / "rotational").read_text().strip() == "1"
+    return False
 
 
 def _ioctl_u32(fd: int, request: int) -> int:
