@@ -48,9 +48,9 @@ DATA_MODES = {"copy": 0, "usercopy": uapi.UBLK_F_USER_COPY}
 # How long an hctx spins at most, where it may: long enough for a client that waits for one small
 # request, is woken in a virtual machine, and sends the next. Usually it spins for less.
 POLL_US = 1000
-# A device's cap on concurrent reads. On a disk that seeks it is the one the kernel's loop gave itself
-# in 2015, when such a disk drowned in readers: Linux kernel commit 4d4e41aef942 ("block: loop:
-# avoiding too many pending per work I/O"). Others serve many at once.
+# A device's cap on concurrent reads. On a disk that seeks it is the one that the kernel's loop gave
+# itself in 2015, when such a disk drowned in readers: Linux kernel commit 4d4e41aef942 ("block:
+# loop: avoiding too many pending per work I/O"). Others serve many at once.
 MAX_ACTIVE = 64
 MAX_ACTIVE_ROTATIONAL = 16
 ANY_DEV_ID = -1
