@@ -19,12 +19,6 @@
  * mapping outside of ul_map_copy(). The kernel may, for a system call that we
  * give the address: it says EFAULT.
  *
- * On a disk the first write by mapping to a clean page is dear: the file system
- * prepares it, and all of a large folio with it (ext4, v7.3: 74k instructions,
- * where a pwrite costs 20k); later ones are a copy.  So a page is written by
- * mapping once it was written HOT_WRITES times since the last flush, which
- * cleans pages; `heat` counts.  If something else cleans them, faults tell.
- *
  * Durability is the file's: fdatasync() writes pages dirtied by mapping too.
  */
 #define _GNU_SOURCE
@@ -44,14 +38,6 @@
 #include "map.h"
 
 #define COPIES_PER_CHECK	64
-/* A page's heat: how often written, in which epoch (a flush ends one). */
-#define HEAT_COUNT_BITS	3
-#define HEAT_COUNT_MASK	((1U << HEAT_COUNT_BITS) - 1)
-#define HOT_WRITES	4
-/* Larger writes prepare a folio once for many pages. */
-#define HOT_PAGES_MAX	16
-/* More faults than this in COPIES_PER_CHECK hot writes: not worth it. */
-#define HOT_FAULTS_MAX	16
 #define WORD_BITS		64
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
@@ -61,8 +47,6 @@ struct ul_map {
 	uint64_t		nr_bytes;	/* I: from byte 0 */
 	uint64_t		nr_pages;	/* I: of bytes */
 	unsigned int		page_shift;	/* I */
-	_Atomic unsigned int	epoch;		/* A: of heat */
-	_Atomic uint8_t		*heat;		/* A: owned, one a page of bytes */
 	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
 };
 
@@ -216,21 +200,21 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 		(lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
 	struct ul_map *m = calloc(1, sizeof(*m) + (nr_pages / WORD_BITS +
 						   1) * sizeof(m->resident[0]));
-	void *heat = calloc(nr_pages, 1);
 	void *bytes;
-	int ret = -ENOMEM;
 
-	if (!m || !heat)
-		goto fail;
-	ret = -EOPNOTSUPP;
-	if (!fd_is_local(fd))
-		goto fail;
+	if (!m)
+		return -ENOMEM;
+	if (!fd_is_local(fd)) {
+		free(m);
+		return -EOPNOTSUPP;
+	}
 	bytes = mmap(NULL, lead_bytes + nr_bytes,
 		     read_only ? PROT_READ : PROT_READ | PROT_WRITE,
 		     MAP_SHARED | MAP_NORESERVE, fd, offset_bytes - lead_bytes);
-	ret = -errno;
-	if (bytes == MAP_FAILED)
-		goto fail;
+	if (bytes == MAP_FAILED) {
+		free(m);
+		return -errno;
+	}
 	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
 	munlock(bytes, lead_bytes + nr_bytes);
 	m->bytes = bytes;
@@ -238,14 +222,9 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	m->nr_bytes = nr_bytes;
 	m->nr_pages = nr_pages;
 	m->page_shift = __builtin_ctzl(page_bytes);
-	m->heat = heat;
 	pthread_once(&handler_once, install_handler);
 	*map = m;
 	return 0;
-fail:
-	free(heat);
-	free(m);
-	return ret;
 }
 
 void ul_map_destroy(struct ul_map *m)
@@ -253,7 +232,6 @@ void ul_map_destroy(struct ul_map *m)
 	if (!m)
 		return;
 	munmap(m->bytes, m->lead_bytes + m->nr_bytes);
-	free(m->heat);
 	free(m);
 }
 
@@ -263,57 +241,6 @@ char *ul_map_find(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 		return NULL;
 	map_check_faults(m);
 	return m->bytes + m->lead_bytes + offset_bytes;
-}
-
-void ul_map_cool(struct ul_map *m)
-{
-	atomic_fetch_add_explicit(&m->epoch, 1, memory_order_relaxed);
-}
-
-/* Do hot writes fault, that is, does something clean the pages? */
-static void map_check_heat(struct ul_map *m)
-{
-	static __thread unsigned int nr_writes;
-	static __thread long nr_faults;
-	struct rusage usage;
-
-	if (++nr_writes % COPIES_PER_CHECK || getrusage(RUSAGE_THREAD, &usage))
-		return;
-	if (usage.ru_minflt - nr_faults > HOT_FAULTS_MAX)
-		ul_map_cool(m);
-	nr_faults = usage.ru_minflt;
-}
-
-/* Count a write to a page; whether there were enough before it.  Two threads
- * may lose a count to each other: it is a guess anyway. */
-static bool map_heat_page(struct ul_map *m, uint64_t page, uint8_t epoch)
-{
-	uint8_t heat =
-		atomic_load_explicit(&m->heat[page], memory_order_relaxed);
-
-	if ((heat & ~HEAT_COUNT_MASK) != epoch)
-		heat = epoch;
-	if ((heat & HEAT_COUNT_MASK) >= HOT_WRITES)
-		return true;
-	atomic_store_explicit(&m->heat[page], heat + 1, memory_order_relaxed);
-	return false;
-}
-
-bool ul_map_is_hot(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
-{
-	uint8_t epoch = atomic_load_explicit(&m->epoch, memory_order_relaxed)
-			<< HEAT_COUNT_BITS;
-	uint64_t page = map_page(m, offset_bytes);
-	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
-	bool is_hot = true;
-
-	if (end - page > HOT_PAGES_MAX)
-		return false;
-	for (; page < end; page++)
-		is_hot &= map_heat_page(m, page, epoch);
-	if (is_hot)
-		map_check_heat(m);
-	return is_hot;
 }
 
 void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)

@@ -21,12 +21,6 @@ char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that
  * does not block SIGBUS. */
 bool ul_map_copy(void *to, const void *from, uint64_t nr_bytes);
-/* A range is about to be written.  True: writing it here beats a pwrite, on a
- * file system that prepares a page for each first write by mapping. */
-bool ul_map_is_hot(struct ul_map *map, uint64_t offset_bytes,
-		   uint64_t nr_bytes);
-/* What was written is being written back. */
-void ul_map_cool(struct ul_map *map);
 /* A range was punched or zeroed: look again before the next copy. */
 void ul_map_forget(struct ul_map *map, uint64_t offset_bytes,
 		   uint64_t nr_bytes);

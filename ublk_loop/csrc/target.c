@@ -13,11 +13,10 @@
  * of a file of the page cache is copied from or to its mapping (map.c).  A cold
  * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
  * file system can do that without one of io_uring's own threads; in memory
- * (tmpfs) it is done inline.  A write is copied to the mapping in memory, and on
- * a disk where the pages are written again and again; else it is an inline
- * pwrite if it overwrites resident pages.  Everything else goes the way of 2014:
- * writes that allocate or must read first, flushes, discards, all of a network
- * file system.
+ * (tmpfs) it is done inline.  A write is copied to the mapping in memory only;
+ * on a disk it is an inline pwrite if it overwrites resident pages.  Everything
+ * else goes the way of 2014: writes that allocate or must read first, flushes,
+ * discards, all of a network file system.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
@@ -230,8 +229,6 @@ static int32_t loop_write(const struct ul_target *t, struct ul_request *req)
 
 static int32_t loop_flush(const struct ul_target *t)
 {
-	if (t->map)
-		ul_map_cool(t->map);
 	while (fdatasync(t->config.fd)) {
 		if (errno != EINTR)
 			return -errno;
@@ -469,16 +466,8 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 	}
 }
 
-/* Whether to write by mapping: always in memory, on a disk where it pays. */
-static bool auto_may_map_write(struct ul_target *t, struct ul_plug *plug,
-			       struct ul_request *req)
-{
-	return t->cold == COLD_INLINE ||
-	       (auto_may_map(t, plug, req) &&
-		ul_map_is_hot(t->map, req->offset_bytes, req->nr_bytes));
-}
-
-/* Else, overwrite resident pages of a disk by pwrite. */
+/* A mapped write would make a disk's file system prepare all of a large folio
+ * for each page (ext4, v7.3): there, overwrite resident pages by pwrite. */
 static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 			    struct ul_request *req)
 {
@@ -492,7 +481,7 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 {
 	if (req->op_flags & UBLK_IO_F_FUA)
 		return UL_RQ_QUEUED;
-	if (auto_may_map_write(t, plug, req) && auto_use_map(t, plug, req)) {
+	if (t->cold == COLD_INLINE && auto_use_map(t, plug, req)) {
 		req->res = req->nr_bytes;
 		return UL_RQ_DONE;
 	}
