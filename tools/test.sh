@@ -77,7 +77,7 @@ kernel_pytest=("${pytest[@]}" -p no:cacheprovider --durations=10 "${kernel_tests
 if [ -n "$in_guest" ]; then
     for kernel in "${kernels[@]}"; do
         stage "kernel tests on Linux $kernel" \
-            python3 tools/vm.py --vm --kernel "$kernel" --timeout 1500 -- "${kernel_pytest[@]}"
+            python3 tools/vm.py --vm --kernel "$kernel" --timeout 2100 -- "${kernel_pytest[@]}"
     done
     # The figures are those of one kernel.
     if [[ " ${kernels[*]} " == *" 7.3 "* ]] && [ -z "$chosen" ]; then
