@@ -120,7 +120,7 @@ class Device:
         with _closed_on_error(target):
             check_policy(policy)
             features = control.get_features()
-            flags |= data_flags(data, target.likes_user_copy and policy == "auto", flags, features)
+            flags |= _data_flags(data, target.likes_user_copy and policy == "auto", flags, features)
             flags |= _batch_flag(batch, flags, queue_depth, features)
             if flags & ~SUPPORTED_FLAGS:
                 raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
@@ -348,11 +348,8 @@ def _closed_on_error(target: Target) -> Iterator[None]:
         raise
 
 
-def data_flags(data: str, likes_user_copy: bool, flags: int, features: int) -> int:
-    """Return the UBLK_F_* of a data mode; ``auto`` is decided by what the driver's features allow.
-
-    :raises ValueError: an unknown mode.
-    """
+def _data_flags(data: str, likes_user_copy: bool, flags: int, features: int) -> int:
+    # ``auto`` is decided by what the driver's features allow.
     if data in DATA_MODES:
         return DATA_MODES[data]
     if data != "auto":
@@ -401,4 +398,4 @@ def _open_char_device(path: str, deadline: float) -> int:
         time.sleep(0.005)
 
 
-__all__ = ["ANY_DEV_ID", "DATA_MODES", "SUPPORTED_FLAGS", "Device", "data_flags"]
+__all__ = ["ANY_DEV_ID", "DATA_MODES", "SUPPORTED_FLAGS", "Device"]

@@ -13,7 +13,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 /* The driver fills one buffer a cqe, 128 tags at the most. */
 #define FETCH_TAGS	128
@@ -48,10 +47,7 @@ void ul_batch_exit(struct ul_batch *b)
 
 static size_t batch_ring_bytes(const struct ul_batch *b)
 {
-	size_t page = sysconf(_SC_PAGESIZE);
-	size_t nr_bytes = b->nr_fetch_bufs * sizeof(struct io_uring_buf);
-
-	return (nr_bytes + page - 1) & ~(page - 1);
+	return ul_page_round_up(b->nr_fetch_bufs * sizeof(struct io_uring_buf));
 }
 
 static size_t batch_fetch_bytes(const struct ul_batch *b)

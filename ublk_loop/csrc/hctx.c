@@ -95,18 +95,11 @@ static bool hctx_is_user_copy(const struct ul_hctx *h)
 	return h->config.dev_flags & UBLK_F_USER_COPY;
 }
 
-static size_t page_round_up(size_t nr_bytes)
-{
-	size_t page = sysconf(_SC_PAGESIZE);
-
-	return (nr_bytes + page - 1) & ~(page - 1);
-}
-
 /* ---- create, destroy ---- */
 
 static void hctx_init_requests(struct ul_hctx *h)
 {
-	size_t buffer_bytes = page_round_up(h->config.max_io_buf_bytes);
+	size_t buffer_bytes = ul_page_round_up(h->config.max_io_buf_bytes);
 	struct ul_request *req;
 
 	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++) {
@@ -144,8 +137,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 			  config->queue_depth, !hctx_is_user_copy(h)))
 		goto free_requests;
 	/* Pages come with the first request that touches them. */
-	h->arena_bytes =
-		page_round_up(config->max_io_buf_bytes) * config->queue_depth;
+	h->arena_bytes = ul_page_round_up(config->max_io_buf_bytes) *
+			 config->queue_depth;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
@@ -258,14 +251,14 @@ static int hctx_make_ring(struct ul_hctx *h)
 
 static size_t hctx_descs_bytes(const struct ul_hctx *h)
 {
-	return page_round_up(h->config.queue_depth *
-			     sizeof(struct ublksrv_io_desc));
+	return ul_page_round_up(h->config.queue_depth *
+				sizeof(struct ublksrv_io_desc));
 }
 
 static int hctx_map_descs(struct ul_hctx *h)
 {
-	off_t stride = page_round_up(UBLK_MAX_QUEUE_DEPTH *
-				     sizeof(struct ublksrv_io_desc));
+	off_t stride = ul_page_round_up(UBLK_MAX_QUEUE_DEPTH *
+					sizeof(struct ublksrv_io_desc));
 	void *descs = mmap(NULL, hctx_descs_bytes(h), PROT_READ,
 			   MAP_SHARED | MAP_POPULATE, h->config.cdev_fd,
 			   UBLKSRV_CMD_BUF_OFFSET + h->config.q_id * stride);

@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * ring.h - what the parts of a hctx agree on about its io_uring.
+ * ring.h - what the parts of a hctx agree on about its io_uring and memory.
  */
 #ifndef UL_RING_H
 #define UL_RING_H
 
 #include <liburing.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <unistd.h>
 
 /* The ring's file table. */
 #define CDEV_INDEX	0		/* /dev/ublkcN */
@@ -21,6 +23,13 @@ enum hctx_cqe {
 	CQE_COMMIT,			/* BATCH_IO: how much was committed */
 };
 #define UD(kind, value)	((uint64_t)(kind) << 32 | (value))
+
+static inline size_t ul_page_round_up(size_t nr_bytes)
+{
+	size_t page = sysconf(_SC_PAGESIZE);
+
+	return (nr_bytes + page - 1) & ~(page - 1);
+}
 
 /* Never NULL once the ring is full: what is queued is submitted first. */
 static inline struct io_uring_sqe *ul_get_sqe(struct io_uring *ring)
