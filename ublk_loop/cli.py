@@ -231,16 +231,23 @@ def cli() -> None:
     type=click.Choice(state.DATA_MODES),
     default="auto",
     show_default=True,
-    help="Who copies the data: the driver (copy), or the server by pread and pwrite (usercopy)."
-    " auto: the faster.",
+    help="Who copies the data: the driver (copy), the server by pread and pwrite (usercopy), or"
+    " nobody (zerocopy: for direct I/O). auto: the fastest.",
 )
 @click.option("--usercopy", is_flag=True, help="The same as --data usercopy.")
-@click.option("-z", "--zerocopy", is_flag=True, help="Do not copy the data.")
+@click.option("-z", "--zerocopy", is_flag=True, help="The same as --data zerocopy.")
 @click.option(
     "-b/ ",
     "--batch/--no_batch",
     default=None,
     help="Fetch and commit in batches; default: where the driver can.",
+)
+@click.option(
+    "--shmem",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(),
+    help="loop: memory that a client maps too (tmpfs, hugetlbfs): requests in it need no copy.",
 )
 @click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
 @click.option(
@@ -374,6 +381,7 @@ def serve_recovery(dev_id: int, *, as_json: bool = False, two_lines: bool = Fals
 def _request(given: dict[str, Any], *, cwd: str | None = None, supervised: bool = False) -> Request:
     from . import server
 
+    cwd = os.getcwd() if cwd is None else cwd
     flags, deadline_s = _recovery(given, supervised)
     return server.Request(
         options=DeviceOptions(
@@ -383,11 +391,12 @@ def _request(given: dict[str, Any], *, cwd: str | None = None, supervised: bool 
             flags=_flags(given) | flags,
             policy=given["policy"],
             batch=given["batch"],
-            data=given["data"],
+            data=_data(given),
             poll_us=given["poll_us"],
             recovery_deadline_s=deadline_s,
+            shared_files=tuple(state.SharedFile(_absolute(path, cwd)) for path in given["shmem"]),
         ),
-        spec=_target_spec(given, os.getcwd() if cwd is None else cwd),
+        spec=_target_spec(given, cwd),
         dev_id=given["dev_id"],
     )
 
@@ -426,8 +435,6 @@ def _flags(given: dict[str, Any]) -> int:
         "user_recovery": recovery,
         "user_recovery_reissue": recovery | uapi.UBLK_F_USER_RECOVERY_REISSUE,
         "user_recovery_fail_io": recovery | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
-        "usercopy": uapi.UBLK_F_USER_COPY,
-        "zerocopy": uapi.UBLK_F_SUPPORT_ZERO_COPY,
         "unprivileged": uapi.UBLK_F_UNPRIVILEGED_DEV,
     }
     if _is_on(given["user_recovery_reissue"]) and _is_on(given["user_recovery_fail_io"]):
@@ -435,13 +442,20 @@ def _flags(given: dict[str, Any]) -> int:
     flags = 0
     for name, bits in modes.items():
         flags |= bits if _is_on(given[name]) else 0
-    if given["usercopy"] and given["data"] == "copy":
-        raise click.UsageError("--usercopy and --data copy exclude each other")
     if given["batch"] and flags & uapi.UBLK_F_NEED_GET_DATA:
         raise click.UsageError("-b and -g exclude each other")
     if flags & recovery and given["kind"] == "ram":
         raise click.UsageError(_RAM_IS_LOST)
     return flags
+
+
+def _data(given: dict[str, Any]) -> str:
+    named = [name for name in ("usercopy", "zerocopy") if given[name]]
+    if given["data"] != "auto":
+        named.append(given["data"])
+    if len(set(named)) > 1:
+        raise click.UsageError("--data, --usercopy and --zerocopy exclude each other")
+    return named[0] if named else "auto"
 
 
 def _is_on(value: bool | str) -> bool:
@@ -461,8 +475,9 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
             ("--buffered_io", "buffered_io"),
             ("--direct_io", "direct_io"),
             ("-R", "read_only"),
+            ("--shmem", "shmem"),
         ):
-            if given[name] not in (None, False):
+            if given[name] not in (None, False, ()):
                 raise click.UsageError(f"{option} is for -t loop only")
         if kind == "ram" and nr_bytes is None:
             raise click.UsageError("-t ram needs --size")
@@ -476,12 +491,16 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         raise click.UsageError("-o is beyond any file")
     return TargetSpec(
         "loop",
-        path=os.path.normpath(os.path.join(cwd, path)),
+        path=_absolute(path, cwd),
         offset_bytes=offset_bytes,
         nr_bytes=nr_bytes,
         direct=True if given["direct_io"] else False if given["buffered_io"] else None,
         read_only=given["read_only"],
     )
+
+
+def _absolute(path: str, cwd: str) -> str:
+    return os.path.normpath(os.path.join(cwd, path))
 
 
 def _serve_here(request: Request, as_json: bool) -> None:

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from . import uapi
 from .control import Control, DevInfo
-from .errors import DriverError
+from .errors import BackingFileError, DriverError
 from .hctx import HardwareContext
 from .params import Params, params_for
-from .target import NativeTarget, Target, check_policy
+from .shmem import MAX_FILES, SharedMemory
+from .state import SharedFile
+from .target import LoopTarget, NativeTarget, Target, check_policy
 from .workqueue import Workqueue
 
 # What the data plane can do; any other mode is refused.
@@ -39,12 +42,19 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_UNPRIVILEGED_DEV
     | uapi.UBLK_F_CMD_IOCTL_ENCODE
     | uapi.UBLK_F_USER_COPY
+    | uapi.UBLK_F_AUTO_BUF_REG
     | uapi.UBLK_F_BATCH_IO
+    | uapi.UBLK_F_SHMEM_ZC
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
-# How the data goes between driver and server: the driver copies it from and to a buffer of ours, or
-# we copy it by pread and pwrite on ublkcN.
-DATA_MODES = {"copy": 0, "usercopy": uapi.UBLK_F_USER_COPY}
+# How the data goes between driver and server: the driver copies it from and to a buffer of ours; we
+# copy it by pread and pwrite on ublkcN; or the ring reads and writes the client's own pages, and
+# what it cannot do is done as usercopy has it.
+DATA_MODES = {
+    "copy": 0,
+    "usercopy": uapi.UBLK_F_USER_COPY,
+    "zerocopy": uapi.UBLK_F_AUTO_BUF_REG | uapi.UBLK_F_USER_COPY,
+}
 # How long an hctx spins at most, where it may: long enough for a client that waits for one small
 # request, is woken in a virtual machine, and sends the next. Usually it spins for less.
 POLL_US = 1000
@@ -54,6 +64,8 @@ POLL_US = 1000
 MAX_ACTIVE = 64
 MAX_ACTIVE_ROTATIONAL = 16
 ANY_DEV_ID = -1
+
+_log = logging.getLogger(__name__)
 
 
 class Device:
@@ -78,6 +90,7 @@ class Device:
         self._poll_us = poll_us
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
+        self.shared_files: tuple[SharedFile, ...] = ()
         self._recovering = False
         self._ended = threading.Event()
         self._nr_ended = 0
@@ -99,6 +112,7 @@ class Device:
         data: str = "auto",
         policy: str = "auto",
         poll_us: int | None = None,
+        shared_files: Sequence[SharedFile] = (),
         timeout_s: float = 30,
     ) -> Device:
         """Add a device and prepare to serve it; :meth:`start` makes it live.
@@ -113,6 +127,7 @@ class Device:
         :param data: one of DATA_MODES, or ``auto``: the fastest for this target and driver.
         :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
             hctx that has one CPU to run on never spins.
+        :param shared_files: memory of clients; implies UBLK_F_SHMEM_ZC and user copy for the rest.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
@@ -120,11 +135,13 @@ class Device:
         with _closed_on_error(target):
             check_policy(policy)
             features = control.get_features()
-            flags |= _data_flags(data, target.likes_user_copy and policy == "auto", flags, features)
+            best_data = target.best_data if policy == "auto" else "copy"
+            flags |= _data_flags(data, best_data, flags, features)
+            flags |= _shmem_flags(shared_files, data, target)
             flags |= _batch_flag(batch, flags, queue_depth, features)
             if flags & ~SUPPORTED_FLAGS:
                 raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
-            params = _params(target, max_io_buf_bytes)
+            params = _params(target, max_io_buf_bytes, bool(flags & uapi.UBLK_F_AUTO_BUF_REG))
             info = control.add_dev(
                 DevInfo(
                     nr_hw_queues=nr_hw_queues,
@@ -145,7 +162,7 @@ class Device:
                     f"this kernel's driver lacks feature flags {missing:#x} (see ublk features)",
                 )
             control.set_params(info.dev_id, params)
-            device._prepare(timeout_s)
+            device._prepare(timeout_s, shared_files)
         except BaseException:
             device.delete_quietly()
             raise
@@ -160,6 +177,7 @@ class Device:
         *,
         policy: str = "auto",
         poll_us: int | None = None,
+        shared_files: Sequence[SharedFile] = (),
         timeout_s: float = 30,
     ) -> Device:
         """Take over a device whose server is gone; :meth:`start` makes it live again.
@@ -174,7 +192,7 @@ class Device:
         device = cls(control, target, info, policy, poll_us)
         device._recovering = True
         try:
-            device._prepare(timeout_s)
+            device._prepare(timeout_s, shared_files)
         except BaseException:
             device.close()
             raise
@@ -265,7 +283,7 @@ class Device:
         with contextlib.suppress(OSError):
             self._control.del_dev(self.dev_id)
 
-    def _prepare(self, timeout_s: float) -> None:
+    def _prepare(self, timeout_s: float, shared_files: Sequence[SharedFile]) -> None:
         deadline = time.monotonic() + timeout_s
         cdev_fd = _open_char_device(self.char_path, deadline)
         self._resources.callback(os.close, cdev_fd)
@@ -278,6 +296,7 @@ class Device:
         self._resources.callback(workqueue.close)
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
+        self._share(native, shared_files)
         for q_id in range(self.info.nr_hw_queues):
             affinity = self._affinity(q_id)
             hctx = HardwareContext(
@@ -300,6 +319,24 @@ class Device:
         self._resources.callback(workqueue.flush)
         for hctx in self.hctxs:
             hctx.wait_prepared(max(0.0, deadline - time.monotonic()))
+
+    def _share(self, native: NativeTarget, files: Sequence[SharedFile]) -> None:
+        self.shared_files = tuple(files)
+        for index, file in enumerate(files):
+            try:
+                memory = SharedMemory(file)
+            except BackingFileError as error:
+                if not self._recovering:
+                    raise
+                _log.warning("dev %d: %s: its requests are copied", self.dev_id, error)
+                continue
+            self._resources.callback(memory.close)
+            if not self._recovering:
+                registered = memory.register(self._control, self.dev_id)
+                if registered != index:
+                    raise DriverError(errno.EPROTO, f"REG_BUF dev {self.dev_id}")
+            native.share(index, memory.address, memory.nr_bytes)
+            self.shared_files = (*self.shared_files[:index], memory.file, *files[index + 1 :])
 
     def _join(self, deadline: float) -> None:
         for hctx in self.hctxs:
@@ -348,15 +385,29 @@ def _closed_on_error(target: Target) -> Iterator[None]:
         raise
 
 
-def _data_flags(data: str, likes_user_copy: bool, flags: int, features: int) -> int:
-    # ``auto`` is decided by what the driver's features allow.
+def _data_flags(data: str, best: str, flags: int, features: int) -> int:
+    # ``auto`` is the best for the target, as far as the driver's features allow.
     if data in DATA_MODES:
         return DATA_MODES[data]
     if data != "auto":
         raise ValueError(f"data mode {data!r} is none of auto, {', '.join(DATA_MODES)}")
-    # The driver refuses user copy to a plain user, and drops NEED_GET_DATA for it.
-    denied = flags & (uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA)
-    return features & uapi.UBLK_F_USER_COPY if likes_user_copy and not denied else 0
+    # The driver refuses all but copy to a plain user, and drops NEED_GET_DATA for it. With a mode
+    # in ``flags`` there is nothing to choose.
+    denied = uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA | DATA_MODES["zerocopy"]
+    wanted = DATA_MODES[best]
+    return 0 if flags & denied or wanted & ~features else wanted
+
+
+def _shmem_flags(files: Sequence[SharedFile], data: str, target: Target) -> int:
+    # What the driver finds in shared memory it does not copy itself; what it does not find, or is
+    # not mapped here, is for user copy.
+    if not files:
+        return 0
+    if data == "copy" or not isinstance(target, LoopTarget) or len(files) > MAX_FILES:
+        raise ValueError(
+            f"up to {MAX_FILES} files can be shared with a loop target, and not with data mode copy"
+        )
+    return uapi.UBLK_F_SHMEM_ZC | uapi.UBLK_F_USER_COPY
 
 
 def _batch_flag(batch: bool | None, flags: int, queue_depth: int, features: int) -> int:
@@ -368,7 +419,7 @@ def _batch_flag(batch: bool | None, flags: int, queue_depth: int, features: int)
     return uapi.UBLK_F_BATCH_IO if batch else 0
 
 
-def _params(target: Target, max_io_buf_bytes: int) -> Params:
+def _params(target: Target, max_io_buf_bytes: int, zero_copy: bool) -> Params:
     return params_for(
         dev_nr_bytes=target.size,
         max_io_buf_bytes=max_io_buf_bytes,
@@ -381,7 +432,8 @@ def _params(target: Target, max_io_buf_bytes: int) -> Params:
         discard=target.can_discard,
         discard_granularity=target.discard_granularity,
         write_zeroes=target.can_write_zeroes,
-        dma_alignment=4,  # the driver copies: any memory of a client will do
+        # To a copy any memory of a client will do; direct I/O from and to it asks for more.
+        dma_alignment=target.logical_bs if zero_copy else 4,
     )
 
 

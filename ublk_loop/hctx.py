@@ -34,6 +34,7 @@ class HctxStats:
     nr_sleeps: int
     nr_inline: int
     nr_async: int
+    nr_shared: int
     read_bytes: int
     write_bytes: int
     nr_inflight: int

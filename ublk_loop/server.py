@@ -142,10 +142,12 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
             request.dev_id,
             policy=options.policy,
             poll_us=options.poll_us,
+            shared_files=options.shared_files,
             timeout_s=ADD_TIMEOUT_S,
         )
     flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
     flags |= DATA_MODES.get(options.data, 0)
+    flags |= uapi.UBLK_F_SHMEM_ZC if options.shared_files else 0
     try:
         check_flags(flags, SUPPORTED_FLAGS, control.get_features())
     except OSError:
@@ -163,6 +165,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
         data=options.data,
         policy=options.policy,
         poll_us=options.poll_us,
+        shared_files=options.shared_files,
         timeout_s=ADD_TIMEOUT_S,
     )
 
@@ -185,6 +188,7 @@ def _state_of(device: Device, request: Request) -> DeviceState:
             queue_depth=info.queue_depth,
             max_io_buf_bytes=info.max_io_buf_bytes,
             flags=info.flags,
+            shared_files=device.shared_files,
         ),
         spec=spec,
         target=target.describe(),

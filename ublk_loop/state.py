@@ -26,7 +26,8 @@ MAX_NR_HW_QUEUES = 4096
 MAX_QUEUE_DEPTH = 4096
 MAX_NR_CPUS = 1 << 16
 POLICIES = ("auto", "2014", "base")
-DATA_MODES = ("auto", "copy", "usercopy")
+DATA_MODES = ("auto", "copy", "usercopy", "zerocopy")
+MAX_SHARED_FILES = 16
 MAX_POLL_US = 1_000_000
 MAX_DEADLINE_S = 86_400
 TARGET_TYPES = ("loop", "null", "ram")
@@ -48,6 +49,15 @@ class TargetSpec:
 
 
 @dataclass(frozen=True)
+class SharedFile:
+    """Memory of clients; ``dev`` and ``ino`` of 0: not opened yet, else what it has to be."""
+
+    path: str
+    dev: int = 0
+    ino: int = 0
+
+
+@dataclass(frozen=True)
 class DeviceOptions:
     """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
 
@@ -64,6 +74,7 @@ class DeviceOptions:
     data: str = "auto"
     poll_us: int | None = None
     recovery_deadline_s: int | None = None
+    shared_files: tuple[SharedFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,22 @@ def parse_options(value: JsonValue) -> DeviceOptions:
         data=fields.choice("data", DATA_MODES),
         poll_us=fields.optional_integer("poll_us", 0, MAX_POLL_US),
         recovery_deadline_s=fields.optional_integer("recovery_deadline_s", 1, MAX_DEADLINE_S),
+        shared_files=tuple(
+            _parse_shared_file(file) for file in fields.array("shared_files", MAX_SHARED_FILES)
+        ),
     )
+
+
+def _parse_shared_file(value: JsonValue) -> SharedFile:
+    fields = Fields("a shared file", value, *SharedFile.__dataclass_fields__)
+    file = SharedFile(
+        path=fields.text("path"),
+        dev=fields.integer("dev", 0, (1 << 64) - 1),
+        ino=fields.integer("ino", 0, (1 << 64) - 1),
+    )
+    if not os.path.isabs(file.path):
+        raise ValueError("a shared file: path is not absolute")
+    return file
 
 
 def parse_spec(value: JsonValue) -> TargetSpec:
@@ -283,6 +309,12 @@ class Fields:
         found = self.value(name)
         if not isinstance(found, dict):
             raise ValueError(f"{self._where}: {name} is not an object")
+        return found
+
+    def array(self, name: str, max_length: int) -> list[JsonValue]:
+        found = self.value(name)
+        if not isinstance(found, list) or len(found) > max_length:
+            raise ValueError(f"{self._where}: {name} is not a list of up to {max_length}")
         return found
 
     def integer(self, name: str, low: int, high: int) -> int:

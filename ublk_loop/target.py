@@ -120,9 +120,9 @@ class Target:
         return not self.read_only and self._defines("write_zeroes")
 
     @property
-    def likes_user_copy(self) -> bool:
-        """Whether its data is best copied by us, straight from and to where it lies."""
-        return False
+    def best_data(self) -> str:
+        """How its data is moved fastest: one of DATA_MODES of device.py."""
+        return "copy"
 
     def _defines(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Target, method)
@@ -200,6 +200,14 @@ class NativeTarget:
         if self._handle is None:
             raise ValueError("the target is closed")
         return self._handle
+
+    def share(self, index: int, address: int, nr_bytes: int) -> None:
+        """Let requests in a shared buffer use ``nr_bytes`` of our memory at ``address``.
+
+        :param index: what REG_BUF returned for it, 0..UL_SHMEM_MAX - 1.
+        """
+        memory = ffi.cast("void *", address)
+        check(lib.ul_target_set_shmem(self.handle, index, memory, nr_bytes), f"buffer {index}")
 
     def close(self) -> None:
         """Free the handle; every hctx that uses it must be closed before. Idempotent."""
@@ -327,9 +335,9 @@ class LoopTarget(Target):
         return not self.read_only
 
     @property
-    def likes_user_copy(self) -> bool:
-        # From and to the file's mapping: one copy where the driver's own needs a second.
-        return not self.direct
+    def best_data(self) -> str:
+        # usercopy: from and to the file's mapping, one copy where the driver's own needs a second.
+        return "zerocopy" if self._is_direct_to_disk else "usercopy"
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -353,12 +361,17 @@ class LoopTarget(Target):
         config.fd = self._fd
         config.offset_bytes = self.offset_bytes
         config.dev_nr_bytes = self.size
-        if self.direct:
+        if self._is_direct_to_disk:
             config.flags = lib.UL_TARGET_DIRECT
         elif self.size <= os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES:
             # What cannot be resident as a whole is not worth its page tables (1/512 of it).
             config.flags = lib.UL_TARGET_MAP
         yield config
+
+    @property
+    def _is_direct_to_disk(self) -> bool:
+        # In memory there is only the page cache, direct I/O or not.
+        return self.direct and not lib.ul_target_is_in_memory(self._fd)
 
     def _lock_file(self) -> None:
         kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX

@@ -249,6 +249,8 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
     "user_copy": {"data": "usercopy"},
     "user_copy-no_batch": {"data": "usercopy", "batch": False},
     "need_get_data": {"flags": UBLK_F_NEED_GET_DATA},
+    "auto": {},  # zero copy, for one, where the driver has it and I/O is direct
+    "auto-no_batch": {"batch": False},
 }
 
 

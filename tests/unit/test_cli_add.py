@@ -68,9 +68,8 @@ def test_add_takes_the_reference_servers_options(requests: list[Request]) -> Non
     assert request.options.max_io_buf_bytes == 1 << 20
     assert request.spec.offset_bytes == 1 << 20
     assert request.spec.direct is False
-    assert request.options.flags == (
-        uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE | uapi.UBLK_F_USER_COPY
-    )
+    assert request.options.flags == (uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE)
+    assert request.options.data == "usercopy"
 
 
 def test_add_takes_the_reference_servers_long_options_with_either_dash(
@@ -91,8 +90,6 @@ def test_add_takes_the_reference_servers_long_options_with_either_dash(
         ("-r 1", uapi.UBLK_F_USER_RECOVERY),
         ("-i 1", uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE),
         ("-e 1", uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_FAIL_IO),
-        ("-z", uapi.UBLK_F_SUPPORT_ZERO_COPY),
-        ("--usercopy", uapi.UBLK_F_USER_COPY),
         ("--unprivileged", uapi.UBLK_F_UNPRIVILEGED_DEV),
         ("-u 0 -g 0 -r 0 -i 0 -e 0", 0),
     ],
@@ -102,6 +99,23 @@ def test_add_asks_for_the_mode_that_an_option_names(
 ) -> None:
     assert ublk("add", "-t", "null", *option.split()).exit_code == 0
     assert requests[0].options.flags == flags
+
+
+@pytest.mark.parametrize(
+    ("option", "data"),
+    [
+        ("", "auto"),
+        ("-z", "zerocopy"),
+        ("--zerocopy --data zerocopy", "zerocopy"),
+        ("--usercopy", "usercopy"),
+        ("--data copy", "copy"),
+    ],
+)
+def test_add_asks_for_the_way_of_the_data_that_an_option_names(
+    requests: list[Request], option: str, data: str
+) -> None:
+    assert ublk("add", "-t", "null", *option.split()).exit_code == 0
+    assert requests[0].options.data == data
 
 
 def test_add_makes_the_files_path_absolute(

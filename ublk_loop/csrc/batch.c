@@ -26,12 +26,14 @@ struct batch_elem {
 };
 
 int ul_batch_init(struct ul_batch *b, struct io_uring *ring, uint16_t q_id,
-		  unsigned int queue_depth, bool has_addr)
+		  unsigned int queue_depth, uint16_t flags)
 {
 	b->ring = ring;
 	b->q_id = q_id;
-	b->elem_bytes = has_addr ? sizeof(struct batch_elem)
-				 : sizeof(struct ublk_elem_header);
+	b->flags = flags;
+	b->elem_bytes = flags & UBLK_BATCH_F_HAS_BUF_ADDR
+				? sizeof(struct batch_elem)
+				: sizeof(struct ublk_elem_header);
 	b->nr_fetch_bufs = 1;
 	while (b->nr_fetch_bufs < queue_depth &&
 	       b->nr_fetch_bufs < FETCH_BUFS_MAX)
@@ -112,7 +114,7 @@ void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res, uint64_t addr)
 		io_uring_submit(b->ring);
 	elem = (struct batch_elem *)(b->elems + b->nr_elems++ * b->elem_bytes);
 	elem->header.tag = tag;
-	elem->header.buf_index = 0;
+	elem->header.buf_index = tag;
 	elem->header.result = res;
 	if (b->elem_bytes == sizeof(*elem))
 		elem->addr = addr;
@@ -124,12 +126,10 @@ static void batch_queue_elems(struct ul_batch *b, uint32_t opcode)
 	struct io_uring_sqe *sqe;
 
 	sqe = batch_get_sqe(b, opcode, b->nr_elems, b->elem_bytes);
+	((struct ublk_batch_io *)sqe->cmd)->flags = b->flags;
 	sqe->addr = (uint64_t)(uintptr_t)b->elems;
 	sqe->len = b->nr_elems * b->elem_bytes;
 	sqe->user_data = UD(CQE_COMMIT, sqe->len);
-	if (b->elem_bytes == sizeof(struct batch_elem))
-		((struct ublk_batch_io *)sqe->cmd)->flags =
-			UBLK_BATCH_F_HAS_BUF_ADDR;
 	b->nr_elems = 0;
 	b->nr_commits++;
 }

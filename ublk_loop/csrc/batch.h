@@ -5,8 +5,6 @@
 #ifndef UL_BATCH_H
 #define UL_BATCH_H
 
-#include <stdbool.h>
-
 #include "ring.h"
 #include "ublk_abi.h"
 
@@ -16,6 +14,7 @@
 struct ul_batch {
 	struct io_uring		*ring;		/* I: borrowed */
 	char			*elems;		/* I: owned, [queue_depth] */
+	uint16_t		flags;		/* I: UBLK_BATCH_F_* */
 	unsigned int		elem_bytes;	/* I: header, address if copied */
 	uint16_t		q_id;		/* I */
 	unsigned int		nr_elems;	/* in elems, not yet queued */
@@ -26,7 +25,7 @@ struct ul_batch {
 };
 
 int ul_batch_init(struct ul_batch *b, struct io_uring *ring, uint16_t q_id,
-		  unsigned int queue_depth, bool has_addr);
+		  unsigned int queue_depth, uint16_t flags);
 void ul_batch_exit(struct ul_batch *b);
 /* PREP all tags, which were added, and queue the fetch; on a new ring. */
 int ul_batch_prepare(struct ul_batch *b);

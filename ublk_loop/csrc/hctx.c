@@ -41,6 +41,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -67,6 +68,7 @@ struct ul_hctx {
 	struct ul_workqueue	*wq;		/* I: borrowed */
 	struct ul_request	*requests;	/* I: owned, [queue_depth] */
 	char			*arena;		/* I: owned, a buffer a tag */
+	size_t			buffer_bytes;	/* I: of one tag, whole pages */
 	size_t			arena_bytes;	/* I */
 	int			wake_fd;	/* I: owned eventfd */
 	struct io_uring		ring;		/* P */
@@ -95,11 +97,27 @@ static bool hctx_is_user_copy(const struct ul_hctx *h)
 	return h->config.dev_flags & UBLK_F_USER_COPY;
 }
 
+static bool hctx_is_zero_copy(const struct ul_hctx *h)
+{
+	return h->config.dev_flags & UBLK_F_AUTO_BUF_REG;
+}
+
+static uint16_t hctx_batch_flags(const struct ul_hctx *h)
+{
+	if (hctx_is_zero_copy(h))
+		return UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK;
+	return hctx_is_user_copy(h) ? 0 : UBLK_BATCH_F_HAS_BUF_ADDR;
+}
+
 /* ---- create, destroy ---- */
+
+static char *hctx_buffer(const struct ul_hctx *h, uint16_t tag)
+{
+	return h->arena + tag * h->buffer_bytes;
+}
 
 static void hctx_init_requests(struct ul_hctx *h)
 {
-	size_t buffer_bytes = ul_page_round_up(h->config.max_io_buf_bytes);
 	struct ul_request *req;
 
 	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++) {
@@ -107,7 +125,6 @@ static void hctx_init_requests(struct ul_hctx *h)
 		req->hctx = h;
 		req->target = h->target;
 		req->tag = tag;
-		req->buffer = h->arena + tag * buffer_bytes;
 		ul_request_init(req);
 	}
 }
@@ -134,11 +151,11 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	h->requests = calloc(config->queue_depth, sizeof(*h->requests));
 	if (!h->requests ||
 	    ul_batch_init(&h->batch, &h->ring, config->q_id,
-			  config->queue_depth, !hctx_is_user_copy(h)))
+			  config->queue_depth, hctx_batch_flags(h)))
 		goto free_requests;
 	/* Pages come with the first request that touches them. */
-	h->arena_bytes = ul_page_round_up(config->max_io_buf_bytes) *
-			 config->queue_depth;
+	h->buffer_bytes = ul_page_round_up(config->max_io_buf_bytes);
+	h->arena_bytes = h->buffer_bytes * config->queue_depth;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
@@ -177,7 +194,9 @@ void ul_hctx_destroy(struct ul_hctx *h)
 static uint64_t hctx_buffer_addr(const struct ul_hctx *h,
 				 const struct ul_request *req)
 {
-	return hctx_is_user_copy(h) ? 0 : (uint64_t)(uintptr_t)req->buffer;
+	if (hctx_is_user_copy(h))
+		return 0;
+	return (uint64_t)(uintptr_t)hctx_buffer(h, req->tag);
 }
 
 static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
@@ -193,6 +212,9 @@ static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 	cmd->tag = req->tag;
 	cmd->result = req->res;
 	cmd->addr = hctx_buffer_addr(h, req);
+	if (hctx_is_zero_copy(h))
+		sqe->addr = ublk_auto_buf_reg_addr(req->tag,
+						   UBLK_AUTO_BUF_REG_FALLBACK);
 }
 
 static void hctx_poll_wake_fd(struct ul_hctx *h)
@@ -206,14 +228,21 @@ static void hctx_poll_wake_fd(struct ul_hctx *h)
 static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
 {
 	struct io_uring_sqe *sqe = ul_get_sqe(&h->ring);
-	uint64_t pos = ul_target_pos(h->target, req);
+	bool is_read = req->op == UBLK_IO_OP_READ;
+	bool is_fixed = ul_hctx_is_registered(req);
+	int op;
 
-	if (req->op == UBLK_IO_OP_READ)
-		io_uring_prep_read(sqe, BACKING_INDEX, req->buffer,
-				   req->nr_bytes, pos);
+	if (is_fixed)
+		op = is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
 	else
-		io_uring_prep_write(sqe, BACKING_INDEX, req->buffer,
-				    req->nr_bytes, pos);
+		op = is_read ? IORING_OP_READ : IORING_OP_WRITE;
+	/* A registered buffer's addresses begin at 0. */
+	io_uring_prep_rw(op, sqe, BACKING_INDEX, is_fixed ? NULL : req->buffer,
+			 req->nr_bytes, ul_target_pos(h->target, req));
+	if (is_fixed)
+		sqe->buf_index = req->tag;
+	if (req->op_flags & UBLK_IO_F_FUA)
+		sqe->rw_flags = RWF_DSYNC;
 	sqe->flags |= IOSQE_FIXED_FILE;
 	sqe->user_data = UD(CQE_ASYNC, req->tag);
 	h->stats.nr_async++;
@@ -246,7 +275,11 @@ static int hctx_make_ring(struct ul_hctx *h)
 		return ret;
 	h->ring_made = true;
 	io_uring_register_ring_fd(&h->ring);	/* only saves time */
-	return io_uring_register_files(&h->ring, files, 2);
+	ret = io_uring_register_files(&h->ring, files, 2);
+	if (!ret && hctx_is_zero_copy(h))
+		ret = io_uring_register_buffers_sparse(&h->ring,
+						       h->config.queue_depth);
+	return ret;
 }
 
 static size_t hctx_descs_bytes(const struct ul_hctx *h)
@@ -334,11 +367,17 @@ fail:
 	return ret;
 }
 
-/* ---- the data of UBLK_F_USER_COPY ---- */
+/* ---- the data of UBLK_F_USER_COPY and UBLK_F_AUTO_BUF_REG ---- */
+
+bool ul_hctx_is_registered(const struct ul_request *req)
+{
+	return hctx_is_zero_copy(req->hctx) &&
+	       !(req->op_flags & UBLK_IO_F_NEED_REG_BUF);
+}
 
 bool ul_hctx_is_user_copy(const struct ul_request *req)
 {
-	return hctx_is_user_copy(req->hctx);
+	return hctx_is_user_copy(req->hctx) && !req->is_shared;
 }
 
 int ul_hctx_user_copy(struct ul_request *req, void *data)
@@ -433,6 +472,20 @@ static void hctx_commit(struct ul_hctx *h, struct ul_request *req)
 		hctx_queue_cmd(h, req, UBLK_U_IO_COMMIT_AND_FETCH_REQ);
 }
 
+/* Where the data is, or goes to. */
+static void hctx_set_buffer(struct ul_hctx *h, struct ul_request *req,
+			    uint64_t desc_addr)
+{
+	char *shared = NULL;
+
+	if (req->op_flags & UBLK_IO_F_SHMEM_ZC)
+		shared = ul_target_find_shmem(h->target, desc_addr,
+					      req->nr_bytes);
+	req->is_shared = shared;
+	h->stats.nr_shared += req->is_shared;
+	req->buffer = shared ? shared : hctx_buffer(h, req->tag);
+}
+
 static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 {
 	const struct ublksrv_io_desc *desc = &h->descs[req->tag];
@@ -441,6 +494,7 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 	req->op_flags = ublk_io_desc_flags(desc);
 	req->nr_bytes = (uint64_t)desc->nr_sectors << 9;
 	req->offset_bytes = desc->start_sector << 9;
+	hctx_set_buffer(h, req, desc->addr);
 	h->stats.nr_inflight++;
 	hctx_count(h, req);
 	switch (ul_target_queue_rq(h->target, h->wq, &h->plug, req)) {
@@ -488,17 +542,18 @@ static void hctx_handle_fetch(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		h->fault = ret;
 }
 
-/* Short or refused for now: the workqueue does all of it again, and waits. */
+/* Short, refused for now, or for how the client's memory lies (EINVAL): the
+ * workqueue does all of it again, from or to our buffer, and waits. */
 static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
 			      int res)
 {
-	if (res == -EAGAIN || res == -EINTR ||
+	if (res == -EAGAIN || res == -EINTR || res == -EINVAL ||
 	    (res >= 0 && res < (int)req->nr_bytes)) {
 		ul_target_queue_work(h->target, h->wq, &h->plug, req);
 		return;
 	}
 	req->res = res;
-	if (res >= 0) {
+	if (res >= 0 && !ul_hctx_is_registered(req)) {
 		int ret = ul_hctx_copy_out(req);
 
 		if (ret)

@@ -30,6 +30,7 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,6 +58,12 @@ enum target_cold {
 	COLD_ASYNC,
 };
 
+/* Memory that a client shares with us.  A: atomic, any thread. */
+struct shmem_buffer {
+	_Atomic(char *)		bytes;		/* A: borrowed; NULL: none */
+	_Atomic uint64_t	nr_bytes;	/* A: set before bytes */
+};
+
 /* Lives from before its hctxs to after them.
  * I: set at create.  O: under ordered_lock.  W: write_work's own.
  */
@@ -70,6 +77,7 @@ struct ul_target {
 	struct ul_request	*current;	/* W: Python has it */
 	struct ul_map		*map;		/* I: owned; NULL: not mapped */
 	enum target_cold	cold;		/* I: policy auto */
+	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
 
 static int target_write_work(struct ul_work *work);
@@ -143,6 +151,38 @@ void ul_target_destroy(struct ul_target *t)
 	ul_map_destroy(t->map);
 	pthread_mutex_destroy(&t->ordered_lock);
 	free(t);
+}
+
+int ul_target_set_shmem(struct ul_target *t, uint16_t index, void *bytes,
+			uint64_t nr_bytes)
+{
+	if (index >= UL_SHMEM_MAX)
+		return -EINVAL;
+	atomic_store(&t->shmem[index].nr_bytes, nr_bytes);
+	atomic_store(&t->shmem[index].bytes, bytes);
+	return 0;
+}
+
+char *ul_target_find_shmem(struct ul_target *t, uint64_t addr,
+			   uint64_t nr_bytes)
+{
+	uint16_t index = ublk_shmem_zc_index(addr);
+	uint64_t offset = ublk_shmem_zc_offset(addr);
+	struct shmem_buffer *buffer = &t->shmem[index % UL_SHMEM_MAX];
+	char *bytes;
+
+	/* Python would touch memory that its owner may cut short. */
+	if (t->config.kind != UL_TARGET_LOOP || index >= UL_SHMEM_MAX)
+		return NULL;
+	bytes = atomic_load(&buffer->bytes);
+	if (!bytes || offset + nr_bytes > atomic_load(&buffer->nr_bytes))
+		return NULL;
+	return bytes + offset;
+}
+
+int ul_target_is_in_memory(int32_t fd)
+{
+	return fd_is_in_memory(fd);
 }
 
 int ul_target_probe_punch(int32_t fd, uint64_t offset_bytes, uint64_t nr_bytes)
@@ -479,8 +519,13 @@ static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 				    struct ul_request *req)
 {
-	if (req->op_flags & UBLK_IO_F_FUA)
+	bool is_async = t->cold == COLD_ASYNC &&
+			t->config.flags & UL_TARGET_DIRECT;
+
+	if (req->op_flags & UBLK_IO_F_FUA && !is_async)
 		return UL_RQ_QUEUED;
+	if (is_async && ul_hctx_is_registered(req))
+		return UL_RQ_ASYNC;
 	if (t->cold == COLD_INLINE && auto_use_map(t, plug, req)) {
 		req->res = req->nr_bytes;
 		return UL_RQ_DONE;
@@ -493,9 +538,7 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 		req->res = loop_write(t, req);
 		return UL_RQ_DONE;
 	}
-	if (t->cold == COLD_ASYNC && t->config.flags & UL_TARGET_DIRECT)
-		return UL_RQ_ASYNC;
-	return UL_RQ_QUEUED;
+	return is_async ? UL_RQ_ASYNC : UL_RQ_QUEUED;
 }
 
 static enum ul_rq_status target_queue_auto(struct ul_target *t,

@@ -23,13 +23,14 @@ struct ul_request {
 	struct ul_request	*next;		/* plug, ordered or done list */
 	struct ul_hctx		*hctx;		/* I: borrowed, outlives it */
 	struct ul_target	*target;	/* I: borrowed, outlives it */
-	void			*buffer;	/* I: owned by hctx's arena */
+	void			*buffer;	/* R: of hctx's arena, or shared */
 	uint64_t		offset_bytes;	/* R: in the device */
 	uint64_t		nr_bytes;	/* R */
 	uint32_t		op_flags;	/* R: UBLK_IO_F_* */
 	int32_t			res;		/* W: bytes or -errno */
 	uint16_t		tag;		/* I */
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
+	bool			is_shared;	/* R: buffer is the client's */
 	bool			copied_in;	/* W: a WRITE's data is in buffer */
 	bool			attending;	/* W: Python has it */
 };
@@ -63,6 +64,10 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *target,
 /* As policy 2014 has it: what could not be done inline or by the ring. */
 void ul_target_queue_work(struct ul_target *target, struct ul_workqueue *wq,
 			  struct ul_plug *plug, struct ul_request *req);
+/* Where in our memory a request's data is that lies in a shared buffer; @addr is
+ * the io_desc's.  NULL: nowhere that we know of. */
+char *ul_target_find_shmem(struct ul_target *target, uint64_t addr,
+			   uint64_t nr_bytes);
 /* For UL_RQ_ASYNC: the file, or -1 where a target never asks for it; and the
  * position in it. */
 int ul_target_fd(const struct ul_target *target);

@@ -145,6 +145,18 @@ struct ublksrv_io_desc {
 #define UBLK_IO_F_INTEGRITY		(1U << 18)
 #define UBLK_IO_F_SHMEM_ZC		(1U << 19)
 
+/* io_desc->addr with UBLK_IO_F_SHMEM_ZC: the index that REG_BUF gave, and where
+ * in that buffer the data is. */
+static inline uint16_t ublk_shmem_zc_index(uint64_t addr)
+{
+	return addr >> 32;
+}
+
+static inline uint32_t ublk_shmem_zc_offset(uint64_t addr)
+{
+	return addr;
+}
+
 static inline uint32_t ublk_io_desc_op(const struct ublksrv_io_desc *io_desc)
 {
 	return io_desc->op_flags & 0xff;

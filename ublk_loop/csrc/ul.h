@@ -177,9 +177,20 @@ struct ul_request_info {
 	void		*buffer;	/* nr_bytes long for READ and WRITE */
 };
 
+enum {
+	UL_SHMEM_MAX = 16,	/* buffers of a device */
+};
+
 int ul_target_create(const struct ul_target_config *config,
 		     struct ul_target **target);
 void ul_target_destroy(struct ul_target *target);
+/* UBLK_F_SHMEM_ZC, loop: our mapping of what REG_BUF gave this index, borrowed
+ * until it was unregistered. Any thread. Until then requests that lie in it are
+ * copied. -EINVAL: index. */
+int ul_target_set_shmem(struct ul_target *target, uint16_t index, void *bytes,
+			uint64_t nr_bytes);
+/* 1: a file whose page cache is all there is of it (tmpfs, ramfs), else 0. */
+int ul_target_is_in_memory(int32_t fd);
 /* 0 if holes can be punched in a file, else -errno (-EOPNOTSUPP). */
 int ul_target_probe_punch(int32_t fd, uint64_t offset_bytes, uint64_t nr_bytes);
 /* For a work that ul_worker_run() returned with a target's cookie: what to do,
@@ -210,6 +221,7 @@ struct ul_hctx_stats {
 	uint64_t	nr_sleeps;
 	uint64_t	nr_inline;	/* done on the hctx's thread at once */
 	uint64_t	nr_async;	/* done by the hctx's own ring */
+	uint64_t	nr_shared;	/* whose data lay in shared memory */
 	uint64_t	read_bytes;
 	uint64_t	write_bytes;
 	uint32_t	nr_inflight;

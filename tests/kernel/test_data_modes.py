@@ -1,0 +1,146 @@
+"""How a request's data goes: copied by whom, or not at all; what auto chooses, and the bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ublk_loop import uapi
+from ublk_loop.device import DATA_MODES
+from ublk_loop.errors import BackingFileError, DriverError
+from ublk_loop.shmem import SharedMemory
+from ublk_loop.state import SharedFile
+from ublk_loop.target import LoopTarget
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("on_ext4", "direct", "wanted"),
+    [
+        (True, True, "zerocopy"),
+        (True, False, "usercopy"),
+        (False, True, "usercopy"),
+        (False, False, "usercopy"),
+    ],
+)
+def test_auto_chooses_the_data_mode_by_the_file_as_far_as_the_driver_can(
+    device, backing_file, ext4_folder, tmp_path, features, on_ext4, direct, wanted
+) -> None:
+    path = backing_file(MIB, folder=ext4_folder if on_ext4 else tmp_path)
+    dev = device(LoopTarget(path, direct=direct))
+    flags = DATA_MODES[wanted]
+    chosen = dev.info.flags & DATA_MODES["zerocopy"]
+    assert chosen == (0 if flags & ~features else flags)
+
+
+def test_direct_io_reads_writes_and_syncs_the_clients_own_pages(
+    device, backing_file, ext4_folder, open_block, pattern, features
+) -> None:
+    if not features & uapi.UBLK_F_AUTO_BUF_REG:
+        with pytest.raises(DriverError) as refusal:
+            device(LoopTarget(backing_file(MIB, folder=ext4_folder)), data="zerocopy")
+        assert refusal.value.errno == errno.EOPNOTSUPP
+        return
+    path = backing_file(4 * MIB, pattern(4 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path, direct=True), data="zerocopy")
+    expected = bytearray(pattern(4 * MIB))
+    with open_block(dev.block_path) as client:
+        before = dev.hctxs[0].stats()
+        for offset, nr_bytes in ((0, 4 * KIB), (512, 512), (MIB, 300 * KIB)):
+            expected[offset : offset + nr_bytes] = pattern(nr_bytes, seed=offset)
+            assert client.write(offset, pattern(nr_bytes, seed=offset)) == nr_bytes
+            assert client.read(offset, nr_bytes) == expected[offset : offset + nr_bytes]
+        flags = os.RWF_DSYNC
+        assert os.pwritev(client.fd, [_page(b"d")], 8 * KIB, flags) == mmap.PAGESIZE
+        expected[8 * KIB : 12 * KIB] = b"d" * 4 * KIB
+        after = dev.hctxs[0].stats()
+    assert after.nr_async - before.nr_async == after.nr_reads + after.nr_writes - (
+        before.nr_reads + before.nr_writes
+    )
+    assert path.read_bytes() == expected
+
+
+def test_a_direct_read_behind_the_end_of_the_file_fails_and_leaks_nothing(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(MIB, pattern(MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path, direct=True))
+    os.truncate(path, MIB // 2)
+    with open_block(dev.block_path) as client:
+        assert client.read(0, 4 * KIB) == pattern(MIB)[: 4 * KIB]
+        for offset in (MIB // 2 - 2 * KIB, MIB - 4 * KIB):
+            with pytest.raises(OSError) as refusal:
+                client.read(offset, 4 * KIB)
+            assert refusal.value.errno == errno.EIO
+
+
+@pytest.fixture
+def shared(tmp_path) -> Iterator[tuple[Path, mmap.mmap]]:
+    """A file in memory, and a client's own mapping of it."""
+    path = tmp_path / "shared"
+    path.write_bytes(bytes(MIB))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), MIB) as memory:
+        yield path, memory
+
+
+def test_requests_in_shared_memory_are_served_from_it(
+    device, backing_file, ext4_folder, open_block, pattern, features, shared
+) -> None:
+    shared_path, memory = shared
+    files = [SharedFile(str(shared_path))]
+    if not features & uapi.UBLK_F_SHMEM_ZC:
+        with pytest.raises(DriverError) as refusal:
+            device(LoopTarget(backing_file(MIB)), shared_files=files)
+        assert refusal.value.errno == errno.EOPNOTSUPP
+        return
+    for folder, direct in ((shared_path.parent, False), (ext4_folder, False), (ext4_folder, True)):
+        path = backing_file(MIB, pattern(MIB), folder=folder)
+        dev = device(LoopTarget(path, direct=direct), shared_files=files)
+        with open_block(dev.block_path) as client, memoryview(memory) as view:
+            before = dev.hctxs[0].stats()
+            with view[64 * KIB : 192 * KIB] as buffer:
+                assert os.preadv(client.fd, [buffer], 128 * KIB) == len(buffer)
+                assert buffer == pattern(MIB)[128 * KIB : 256 * KIB]
+                assert os.pwritev(client.fd, [buffer], 512 * KIB) == len(buffer)
+            assert client.read(0, 4 * KIB) == pattern(MIB)[: 4 * KIB]
+            after = dev.hctxs[0].stats()
+        assert after.nr_shared - before.nr_shared == 2
+        assert path.read_bytes()[512 * KIB : 640 * KIB] == pattern(MIB)[128 * KIB : 256 * KIB]
+        dev.delete()
+
+
+def test_a_file_on_a_disk_or_of_an_odd_size_is_not_shared(
+    device, backing_file, ext4_folder, tmp_path, features
+) -> None:
+    odd = backing_file(6000, folder=tmp_path)
+    on_disk = backing_file(MIB, folder=ext4_folder)
+    if features & uapi.UBLK_F_SHMEM_ZC:
+        with pytest.raises(DriverError) as refusal:
+            device(LoopTarget(backing_file(MIB)), shared_files=[SharedFile(str(on_disk))])
+        assert refusal.value.errno == errno.EFAULT
+    with pytest.raises(BackingFileError) as odd_size:
+        SharedMemory(SharedFile(str(odd)))
+    assert odd_size.value.errno == errno.EINVAL
+    with pytest.raises(BackingFileError) as missing:
+        SharedMemory(SharedFile(str(tmp_path / "absent")))
+    assert missing.value.errno == errno.ENOENT
+    with (
+        pytest.raises(BackingFileError) as another,
+        contextlib.closing(SharedMemory(SharedFile(str(odd), dev=1, ino=1))),
+    ):
+        pass
+    assert another.value.errno == errno.ESTALE
+
+
+def _page(byte: bytes) -> mmap.mmap:
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page.write(byte * mmap.PAGESIZE)
+    return page
