@@ -89,6 +89,8 @@ def _each(
 
 
 def _both(*outcomes: Outcome) -> Outcome:
+    if all(outcome == NOT_MEASURED for outcome in outcomes):
+        return NOT_MEASURED
     mets = [outcome.met for outcome in outcomes]
     met = False if False in mets else None if None in mets else True
     return Outcome("; ".join(outcome.measured for outcome in outcomes), met)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from .goals import GOALS
+from .goals import GOALS, NOT_MEASURED
 from .jobs import IDLE, Sample
 from .profiles import BASE, POLICY_2014
 from .results import Cell, Report
@@ -24,7 +24,7 @@ def all_tables(report: Report) -> Iterator[Table]:
             yield cell_table(alike, report)
         if profile == LOOP_MQ:
             yield loop_mq_table(cells)
-    if any(goal.check(report).measured != "not measured" for goal in GOALS):
+    if any(goal.check(report) != NOT_MEASURED for goal in GOALS):
         yield goal_table(report)
 
 
