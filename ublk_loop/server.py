@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import listing, log, process, protocol, state, uapi
-from .errors import DaemonError, DriverError, UblkLoopError
+from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
 from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 ADD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 NODE_TIMEOUT_S = 10.0
+RELEASE_TIMEOUT_S = 20.0  # of the backing by a dead server, whose I/O may still be under way
+REUSE_TIMEOUT_S = 1.0  # the same for a new device: more likely somebody else uses it
 STOP_TIMEOUT_S = 30.0
 
 
@@ -91,7 +93,7 @@ def serve(
     :raises UblkLoopError: what went wrong; before the device was live, it has been deleted again.
     """
     with _Events() as events:
-        target = _build_target(request.spec)
+        target = _wait_for_target(request)
         process.protect_from_mounts(keep=[state.state_dir()])
         process.protect_from_reclaim()
         from .control import Control
@@ -113,6 +115,20 @@ def serve(
                 raise
             _log.info("dev %d is live", device.dev_id)
             _serve_until_end(control, device, events)
+
+
+def _wait_for_target(request: Request) -> Target:
+    # A server that was killed is gone before its ring is: the kernel's worker lets go of the ring's
+    # files, and with them of their locks, once what was in flight has ended.
+    timeout_s = RELEASE_TIMEOUT_S if request.recover else REUSE_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return _build_target(request.spec)
+        except BackingFileError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.02)
 
 
 def _build_target(spec: TargetSpec) -> Target:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def verifying_load(tmp_path, leaves_nothing):
     yield start
     for load in started:
         load.process.kill()
-        load.process.wait()
+        load.process.wait(60)  # its device is gone, or serves it: `apart` is to be set up later
 
 
 class Load:
@@ -79,8 +80,8 @@ def nr_written(dev) -> int:
     ids=["auto-direct", "auto-tmpfs-user_copy", "2014-no_batch"],
 )
 def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
-    apart,
     verifying_load,
+    apart,
     backing_file,
     backing_folder,
     wait_until,
@@ -113,7 +114,7 @@ def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
 
 
 def test_server_that_was_stopped_for_a_while_goes_on(
-    apart, verifying_load, backing_file, wait_until
+    verifying_load, apart, backing_file, wait_until
 ) -> None:
     dev = apart(backing_file(DEV_BYTES))
     load = verifying_load(dev.block_path)
@@ -156,3 +157,27 @@ def test_no_new_server_while_a_write_of_the_dead_one_is_under_way(
     run(*write, f"if={tmp_path}/data2")
     dev.delete()
     assert suspendable.read_bytes()[:4096] == pattern(4096, 2)
+
+
+def test_recover_waits_until_the_dead_server_has_let_go_of_the_file(
+    suspendable, apart, run, wait_until, pattern, tmp_path
+) -> None:
+    """`ublk recover` right after a kill found the file locked: rings end after their process."""
+    dev = apart(suspendable, direct=True, flags=REISSUE)
+    (tmp_path / "data").write_bytes(pattern(4096))
+    write = ["dd", f"of={dev.block_path}", "oflag=direct", "bs=4096", "count=1"]
+    run("dmsetup", "suspend", "--noflush", "--nolockfs", suspendable)
+    resume = threading.Timer(0.5, run, ("dmsetup", "resume", suspendable))
+    try:
+        writer = subprocess.Popen([*write, f"if={tmp_path}/data"], stderr=subprocess.DEVNULL)
+        inflight = Path(f"/sys/block/ublkb{dev.dev_id}/inflight")
+        wait_until(lambda: inflight.read_text().split()[1] != "0")
+        dev.signal(signal.SIGKILL)
+    finally:
+        resume.start()
+    os.waitpid(dev.pid, 0)
+    dev.recover()
+    resume.join()
+    assert writer.wait(30) == 0
+    dev.delete()
+    assert suspendable.read_bytes()[:4096] == pattern(4096)
