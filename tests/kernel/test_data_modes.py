@@ -82,6 +82,23 @@ def test_a_direct_read_behind_the_end_of_the_file_fails_and_leaks_nothing(
             assert refusal.value.errno == errno.EIO
 
 
+def test_the_memory_of_the_buffers_is_given_back_once_the_device_is_idle(
+    device, backing_file, fio, wait_until
+) -> None:
+    dev = device(LoopTarget(backing_file(64 * MIB)), data="copy")
+    before = _private_bytes()
+    fio(dev.block_path, {"burst": {"rw": "write", "bs": "512k", "iodepth": 64, "size": 64 * MIB}})
+    assert dev.hctxs[0].stats().write_bytes >= 64 * MIB
+    wait_until(lambda: _private_bytes() < before + 4 * MIB)
+
+
+def _private_bytes() -> int:
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line
+    )
+    return int(line.split()[1]) * KIB
+
+
 @pytest.fixture
 def shared(tmp_path) -> Iterator[tuple[Path, mmap.mmap]]:
     """A file in memory, and a client's own mapping of it."""

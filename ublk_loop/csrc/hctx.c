@@ -49,6 +49,10 @@
 #include "hctx.h"
 #include "ring.h"
 
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED	24
+#endif
+
 /* A spin looks at the clock, and lets others run, once in so many pauses. */
 #define SPIN_PAUSES	32
 #define SPIN_NS_MIN	50000
@@ -57,6 +61,8 @@
 /* Short waits less the long ones, which count more; spinning pays above 0. */
 #define SPIN_SCORE_MAX	8
 #define SPIN_SCORE_LONG	4
+/* So long without a request, and the memory of the buffers is given back. */
+#define IDLE_NS		500000000
 
 /* Lives from ul_hctx_create() to ul_hctx_destroy().
  * I: set at create.  P: set by prepare, undone as run returns.
@@ -70,6 +76,7 @@ struct ul_hctx {
 	char			*arena;		/* I: owned, a buffer a tag */
 	size_t			buffer_bytes;	/* I: of one tag, whole pages */
 	size_t			arena_bytes;	/* I */
+	bool			arena_used;	/* R: may have pages */
 	int			wake_fd;	/* I: owned eventfd */
 	struct io_uring		ring;		/* P */
 	bool			ring_made;	/* P */
@@ -153,13 +160,15 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	    ul_batch_init(&h->batch, &h->ring, config->q_id,
 			  config->queue_depth, hctx_batch_flags(h)))
 		goto free_requests;
-	/* Pages come with the first request that touches them. */
+	/* Pages come with the first request that touches them, huge ones if
+	 * there are any, and go once the device is idle. */
 	h->buffer_bytes = ul_page_round_up(config->max_io_buf_bytes);
 	h->arena_bytes = h->buffer_bytes * config->queue_depth;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
 		goto free_requests;
+	madvise(h->arena, h->arena_bytes, MADV_HUGEPAGE); /* only saves time */
 	h->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (h->wake_fd < 0) {
 		ret = -errno;
@@ -482,6 +491,7 @@ static void hctx_set_buffer(struct ul_hctx *h, struct ul_request *req,
 		shared = ul_target_find_shmem(h->target, desc_addr,
 					      req->nr_bytes);
 	req->is_shared = shared;
+	h->arena_used |= !shared;
 	h->stats.nr_shared += req->is_shared;
 	req->buffer = shared ? shared : hctx_buffer(h, req->tag);
 }
@@ -672,6 +682,38 @@ static bool hctx_spin(struct ul_hctx *h, uint64_t until_ns)
 	return false;
 }
 
+/* Only while nothing can be in the buffers, nor come: with DEFER_TASKRUN the
+ * driver copies nothing there but in our own io_uring_enter(). */
+static void hctx_give_back(struct ul_hctx *h)
+{
+	if (h->stats.nr_inflight || hctx_has_cqes(h) ||
+	    !(h->ring.flags & IORING_SETUP_DEFER_TASKRUN))
+		return;
+	/* Locked memory is given back only if asked by this name (v5.18). */
+	if (madvise(h->arena, h->arena_bytes, MADV_DONTNEED_LOCKED))
+		madvise(h->arena, h->arena_bytes, MADV_DONTNEED);
+	h->arena_used = false;
+}
+
+/* Submit, and sleep until something comes; once until the device is idle. */
+static int hctx_submit_and_sleep(struct ul_hctx *h)
+{
+	struct __kernel_timespec idle = { .tv_nsec = IDLE_NS };
+	unsigned int wait_nr = h->batch.nr_commits + 1;
+	struct io_uring_cqe *cqe;
+	int ret;
+
+	if (!h->arena_used)
+		return io_uring_submit_and_wait(&h->ring, wait_nr);
+	ret = io_uring_submit_and_wait_timeout(&h->ring, &cqe, wait_nr, &idle,
+					       NULL);
+	if (ret == -ETIME) {
+		hctx_give_back(h);
+		return 0;
+	}
+	return ret;
+}
+
 static int hctx_sleep(struct ul_hctx *h)
 {
 	int ret;
@@ -681,8 +723,7 @@ static int hctx_sleep(struct ul_hctx *h)
 		ret = io_uring_submit_and_get_events(&h->ring);
 	} else {
 		h->stats.nr_sleeps++;
-		ret = io_uring_submit_and_wait(&h->ring,
-					       h->batch.nr_commits + 1);
+		ret = hctx_submit_and_sleep(h);
 	}
 	atomic_store(&h->sleeping, false);
 	return ret;
