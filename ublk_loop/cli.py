@@ -275,6 +275,12 @@ def cli() -> None:
     help="How long to spin for the next request before sleeping; 0: not at all.",
 )
 @click.option(
+    "--nthreads",
+    metavar="NR",
+    type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
+    help="Threads that share the queues; default: one a queue.",
+)
+@click.option(
     "--foreground", is_flag=True, help="Serve in this process; Ctrl-C deletes the device."
 )
 @click.option("-f", "--file", "path", type=click.Path(), help="loop: the backing file.")
@@ -393,6 +399,7 @@ def _request(given: dict[str, Any], *, cwd: str | None = None, supervised: bool 
             batch=given["batch"],
             data=_data(given),
             poll_us=given["poll_us"],
+            nr_threads=given["nthreads"],
             recovery_deadline_s=deadline_s,
             shared_files=tuple(state.SharedFile(_absolute(path, cwd)) for path in given["shmem"]),
         ),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import threading
@@ -27,6 +28,7 @@ from . import uapi
 from .control import Control, DevInfo
 from .errors import BackingFileError, DriverError
 from .hctx import HardwareContext
+from .iothread import IoThread
 from .params import Params, params_for
 from .shmem import MAX_FILES, SharedMemory
 from .state import SharedFile
@@ -81,13 +83,16 @@ class Device:
         info: DevInfo,
         policy: str,
         poll_us: int | None,
+        nr_threads: int | None,
     ) -> None:
         self.info = info
         self.target = target
         self.hctxs: list[HardwareContext] = []
+        self.threads: list[IoThread] = []
         self._control = control
         self._policy = policy
         self._poll_us = poll_us
+        self._nr_threads = nr_threads
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
         self.shared_files: tuple[SharedFile, ...] = ()
@@ -112,6 +117,7 @@ class Device:
         data: str = "auto",
         policy: str = "auto",
         poll_us: int | None = None,
+        nr_threads: int | None = None,
         shared_files: Sequence[SharedFile] = (),
         timeout_s: float = 30,
     ) -> Device:
@@ -127,6 +133,7 @@ class Device:
         :param data: one of DATA_MODES, or ``auto``: the fastest for this target and driver.
         :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
             hctx that has one CPU to run on never spins.
+        :param nr_threads: threads that share the queues; default: one a queue.
         :param shared_files: memory of clients; implies UBLK_F_SHMEM_ZC and user copy for the rest.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
@@ -152,7 +159,7 @@ class Device:
                     ublksrv_pid=os.getpid(),
                 )
             )
-        device = cls(control, target, info, policy, poll_us)
+        device = cls(control, target, info, policy, poll_us, nr_threads)
         try:
             missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
             if missing:
@@ -177,6 +184,7 @@ class Device:
         *,
         policy: str = "auto",
         poll_us: int | None = None,
+        nr_threads: int | None = None,
         shared_files: Sequence[SharedFile] = (),
         timeout_s: float = 30,
     ) -> Device:
@@ -189,7 +197,7 @@ class Device:
             check_policy(policy)
             control.start_user_recovery(dev_id, timeout_s=timeout_s)
             info = control.get_dev_info(dev_id)
-        device = cls(control, target, info, policy, poll_us)
+        device = cls(control, target, info, policy, poll_us, nr_threads)
         device._recovering = True
         try:
             device._prepare(timeout_s, shared_files)
@@ -245,7 +253,7 @@ class Device:
 
         :raises DriverError: ETIMEDOUT, when a request in flight does not end.
         """
-        if all(hctx.join(0) for hctx in self.hctxs):
+        if all(thread.join(0) for thread in self.threads):
             return
         deadline = time.monotonic() + timeout_s
         self._control.stop_dev(self.dev_id, timeout_s=timeout_s)
@@ -253,17 +261,18 @@ class Device:
 
     def errors(self) -> list[DriverError]:
         """What ended hctxs before their time; empty when they were stopped."""
-        return [hctx.error for hctx in self.hctxs if hctx.error]
+        return [thread.error for thread in self.threads if thread.error]
 
     def close(self, timeout_s: float = 30) -> None:
         """Let go of the device without deleting it. Idempotent.
 
         :raises DriverError: ETIMEDOUT, when a request in flight does not end.
         """
-        for hctx in self.hctxs:
-            hctx.stop()
+        for thread in self.threads:
+            thread.stop()
         self._join(time.monotonic() + timeout_s)
         self.hctxs.clear()
+        self.threads.clear()
         self._resources.close()
 
     def delete(self, timeout_s: float = 30) -> None:
@@ -297,28 +306,49 @@ class Device:
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
         self._share(native, shared_files)
-        for q_id in range(self.info.nr_hw_queues):
-            affinity = self._affinity(q_id)
+        for q_ids in self._q_ids_of_threads():
+            self._make_thread(cdev_fd, q_ids, native, workqueue)
+        # First of all at close: a worker hands a request back before it is done with the hctx and
+        # the native target.
+        self._resources.callback(workqueue.flush)
+        for thread in self.threads:
+            thread.start()
+        for thread in self.threads:
+            thread.wait_prepared(max(0.0, deadline - time.monotonic()))
+
+    def _q_ids_of_threads(self) -> list[range]:
+        # Neighbouring queues share a thread: the driver maps neighbouring CPUs to them.
+        nr_queues = self.info.nr_hw_queues
+        nr_threads = min(self._nr_threads or nr_queues, nr_queues)
+        bounds = [index * nr_queues // nr_threads for index in range(nr_threads + 1)]
+        return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+    def _make_thread(
+        self, cdev_fd: int, q_ids: range, native: NativeTarget, workqueue: Workqueue
+    ) -> None:
+        affinity = self._affinity(q_ids)
+        thread = IoThread(
+            cdev_fd,
+            f"ublk-q{q_ids[0]}",
+            target=native.handle,
+            poll_us=self._choose_poll_us(affinity),
+            affinity=affinity,
+            on_end=self._one_ended,
+        )
+        self._resources.callback(thread.close)
+        self.threads.append(thread)
+        for q_id in q_ids:
             hctx = HardwareContext(
-                cdev_fd,
+                thread,
                 q_id,
                 queue_depth=self.info.queue_depth,
                 max_io_buf_bytes=self.info.max_io_buf_bytes,
                 dev_flags=self.info.flags,
                 target=native.handle,
                 workqueue=workqueue.handle,
-                poll_us=self._choose_poll_us(affinity),
-                affinity=affinity,
-                on_end=self._one_ended,
             )
             self._resources.callback(hctx.close)
             self.hctxs.append(hctx)
-            hctx.start()
-        # First of all at close: a worker hands a request back before it is done with the hctx and
-        # the native target.
-        self._resources.callback(workqueue.flush)
-        for hctx in self.hctxs:
-            hctx.wait_prepared(max(0.0, deadline - time.monotonic()))
 
     def _share(self, native: NativeTarget, files: Sequence[SharedFile]) -> None:
         self.shared_files = tuple(files)
@@ -339,15 +369,16 @@ class Device:
             self.shared_files = (*self.shared_files[:index], memory.file, *files[index + 1 :])
 
     def _join(self, deadline: float) -> None:
-        for hctx in self.hctxs:
-            if not hctx.join(max(0.0, deadline - time.monotonic())):
-                raise DriverError(errno.ETIMEDOUT, f"queue {hctx.q_id} of dev {self.dev_id}")
+        for thread in self.threads:
+            if not thread.join(max(0.0, deadline - time.monotonic())):
+                raise DriverError(errno.ETIMEDOUT, f"{thread.name} of dev {self.dev_id}")
 
-    def _affinity(self, q_id: int) -> frozenset[int]:
+    def _affinity(self, q_ids: range) -> frozenset[int]:
         # With a queue a CPU, bound to it, the thread would take turns with the very client it
         # serves while other CPUs idle: twice as slow for one client (4k, depth 64, two CPUs).
         allowed = frozenset(os.sched_getaffinity(0))
-        own = self._control.get_queue_affinity(self.dev_id, q_id) & allowed
+        cpus = (self._control.get_queue_affinity(self.dev_id, q_id) for q_id in q_ids)
+        own = frozenset().union(*cpus) & allowed
         return own if len(own) > 1 else allowed
 
     def _choose_poll_us(self, affinity: frozenset[int]) -> int:
@@ -359,7 +390,7 @@ class Device:
     def _one_ended(self) -> None:
         with self._lock:
             self._nr_ended += 1
-            if self._nr_ended < self.info.nr_hw_queues and not self.errors():
+            if self._nr_ended < len(self.threads) and not self.errors():
                 return
             self._ended.set()
             watchers, self._watchers = self._watchers, []

@@ -158,6 +158,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
             request.dev_id,
             policy=options.policy,
             poll_us=options.poll_us,
+            nr_threads=options.nr_threads,
             shared_files=options.shared_files,
             timeout_s=ADD_TIMEOUT_S,
         )
@@ -181,6 +182,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
         data=options.data,
         policy=options.policy,
         poll_us=options.poll_us,
+        nr_threads=options.nr_threads,
         shared_files=options.shared_files,
         timeout_s=ADD_TIMEOUT_S,
     )
@@ -209,7 +211,8 @@ def _state_of(device: Device, request: Request) -> DeviceState:
         spec=spec,
         target=target.describe(),
         queues=tuple(
-            QueueState(hctx.q_id, hctx.tid, tuple(sorted(hctx.affinity))) for hctx in device.hctxs
+            QueueState(hctx.q_id, hctx.thread.tid, tuple(sorted(hctx.thread.affinity)))
+            for hctx in device.hctxs
         ),
     )
 

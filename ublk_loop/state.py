@@ -61,7 +61,7 @@ class SharedFile:
 class DeviceOptions:
     """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
 
-    ``batch`` and ``poll_us`` None, ``data`` auto mean what :meth:`Device.add` chooses.
+    ``batch``, ``poll_us``, ``nr_threads`` None and ``data`` auto: what :meth:`Device.add` chooses.
     ``recovery_deadline_s``: how long the daemon tries to replace a dead server; None: it does not.
     """
 
@@ -73,6 +73,7 @@ class DeviceOptions:
     batch: bool | None = None
     data: str = "auto"
     poll_us: int | None = None
+    nr_threads: int | None = None
     recovery_deadline_s: int | None = None
     shared_files: tuple[SharedFile, ...] = ()
 
@@ -216,6 +217,7 @@ def parse_options(value: JsonValue) -> DeviceOptions:
         batch=fields.optional_boolean("batch"),
         data=fields.choice("data", DATA_MODES),
         poll_us=fields.optional_integer("poll_us", 0, MAX_POLL_US),
+        nr_threads=fields.optional_integer("nr_threads", 1, MAX_NR_HW_QUEUES),
         recovery_deadline_s=fields.optional_integer("recovery_deadline_s", 1, MAX_DEADLINE_S),
         shared_files=tuple(
             _parse_shared_file(file) for file in fields.array("shared_files", MAX_SHARED_FILES)

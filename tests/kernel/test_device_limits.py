@@ -61,14 +61,31 @@ def test_queues_beyond_the_cpus_are_capped_and_their_threads_go_where_there_is_r
     assert len(dev.hctxs) == dev.info.nr_hw_queues == nr_cpus
     for hctx in dev.hctxs:
         # A queue a CPU: bound to it, the thread would take turns with its client.
-        assert hctx.affinity == os.sched_getaffinity(hctx.tid) == frozenset(range(nr_cpus))
+        thread = hctx.thread
+        assert thread.affinity == os.sched_getaffinity(thread.tid) == frozenset(range(nr_cpus))
 
 
 def test_threads_of_fewer_queues_than_cpus_are_bound_to_their_queues_cpus(device, control) -> None:
     dev = device(NullTarget(MIB), nr_hw_queues=1, queue_depth=2)
     (hctx,) = dev.hctxs
     own = control.get_queue_affinity(dev.dev_id, 0)
-    assert hctx.affinity == os.sched_getaffinity(hctx.tid) == own
+    assert hctx.thread.affinity == os.sched_getaffinity(hctx.thread.tid) == own
+
+
+@pytest.mark.parametrize("batch", [None, False], ids=["batch", "no_batch"])
+def test_one_thread_serves_all_queues_of_a_device(device, backing_file, fio, batch) -> None:
+    dev = device(LoopTarget(backing_file(8 * MIB)), nr_hw_queues=2, nr_threads=1, batch=batch)
+    (thread,) = dev.threads
+    assert [hctx.thread for hctx in dev.hctxs] == [thread] * dev.info.nr_hw_queues
+    assert thread.affinity == frozenset(range(os.cpu_count() or 1))
+    jobs = {
+        f"cpu{cpu}": {"rw": "randwrite", "bs": "4k", "size": "4m", "verify": "crc32c"}
+        | {"offset": cpu * 4 * MIB, "cpus_allowed": cpu, "iodepth": 32}
+        for cpu in range(dev.info.nr_hw_queues)
+    }
+    fio(dev.block_path, jobs)
+    assert all(hctx.stats().nr_writes and hctx.stats().nr_reads for hctx in dev.hctxs)
+    assert dev.errors() == []
 
 
 @pytest.mark.parametrize("flags", [0, UBLK_F_USER_COPY], ids=["copy", "user_copy"])
@@ -182,7 +199,7 @@ def test_io_threads_are_io_flushers_and_workers_run_at_high_priority(
         client.read(0, 4096)
         pf_memalloc_noio = 0x00080000
         pf_local_throttle = 0x00100000
-        stat = Path("/proc/self/task", str(dev.hctxs[0].tid), "stat").read_text()
+        stat = Path("/proc/self/task", str(dev.threads[0].tid), "stat").read_text()
         flags = int(stat.rpartition(") ")[2].split()[6])
         assert flags & pf_memalloc_noio
         assert flags & pf_local_throttle

@@ -34,7 +34,7 @@ class Kind:
 
 KINDS = {
     "auto-buffered-1q-copy": Kind("auto", False, 1),
-    "auto-direct-2q": Kind("auto", True, 2, {}, MIB),
+    "auto-direct-2q-1_thread": Kind("auto", True, 2, {"nr_threads": 1}, MIB),
     "auto-buffered-2q-user_copy-no_batch": Kind(
         "auto", False, 2, {"flags": UBLK_F_USER_COPY, "batch": False}
     ),

@@ -49,7 +49,7 @@ KINDS = {
     "auto-xfs-direct-1q-user_copy-no_batch": Kind(
         "auto", "xfs", True, 1, {**USER_COPY, "batch": False}
     ),
-    "2014-xfs-buffered-2q": Kind("2014", "xfs", False, 2),
+    "2014-xfs-buffered-2q-1_thread": Kind("2014", "xfs", False, 2, {"nr_threads": 1}),
     "2014-ext4-direct-1q-user_copy": Kind("2014", "ext4", True, 1, USER_COPY),
     "base-tmpfs-buffered-2q-no_batch": Kind("base", "tmpfs", False, 2, {"batch": False}),
 }

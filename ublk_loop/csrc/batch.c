@@ -11,13 +11,13 @@
 #include "batch.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
 /* The driver fills one buffer a cqe, 128 tags at the most. */
 #define FETCH_TAGS	128
 #define FETCH_BUFS_MAX	256
-#define FETCH_GROUP	0
 
 /* Of one element of PREP_IO_CMDS and COMMIT_IO_CMDS. */
 struct batch_elem {
@@ -25,13 +25,9 @@ struct batch_elem {
 	uint64_t		addr;		/* only in copy mode */
 };
 
-int ul_batch_init(struct ul_batch *b, struct io_uring *ring, uint16_t q_id,
-		  unsigned int queue_depth, uint16_t flags)
+int ul_batch_init(struct ul_batch *b, unsigned int queue_depth)
 {
-	b->ring = ring;
-	b->q_id = q_id;
-	b->flags = flags;
-	b->elem_bytes = flags & UBLK_BATCH_F_HAS_BUF_ADDR
+	b->elem_bytes = b->flags & UBLK_BATCH_F_HAS_BUF_ADDR
 				? sizeof(struct batch_elem)
 				: sizeof(struct ublk_elem_header);
 	b->nr_fetch_bufs = 1;
@@ -70,7 +66,7 @@ static int batch_make_bufs(struct ul_batch *b)
 {
 	struct io_uring_buf_reg reg = {
 		.ring_entries = b->nr_fetch_bufs,
-		.bgid = FETCH_GROUP,
+		.bgid = b->index,
 	};
 	void *memory = mmap(NULL, batch_fetch_bytes(b), PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -81,7 +77,7 @@ static int batch_make_bufs(struct ul_batch *b)
 	b->fetch_ring = memory;
 	b->fetch_bufs = (void *)((char *)memory + batch_ring_bytes(b));
 	reg.ring_addr = (uint64_t)(uintptr_t)memory;
-	ret = io_uring_register_buf_ring(b->ring, &reg, 0);
+	ret = io_uring_register_buf_ring(&b->ring->uring, &reg, 0);
 	if (ret)
 		return ret;
 	io_uring_buf_ring_init(b->fetch_ring);
@@ -105,16 +101,24 @@ static struct io_uring_sqe *batch_get_sqe(struct ul_batch *b, uint32_t opcode,
 	return sqe;
 }
 
+/* The kernel has yet to read the COMMIT that was queued last. */
+static bool batch_is_queued(const struct ul_batch *b)
+{
+	unsigned int head = IO_URING_READ_ONCE(*b->ring->uring.sq.khead);
+
+	return (int)(b->sq_tail - head) > 0;
+}
+
 void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res, uint64_t addr)
 {
 	struct batch_elem *elem;
 
 	/* What was queued from elems must be in the kernel before it changes. */
-	if (!b->nr_elems && io_uring_sq_ready(b->ring))
-		io_uring_submit(b->ring);
+	if (!b->nr_elems && batch_is_queued(b))
+		io_uring_submit(&b->ring->uring);
 	elem = (struct batch_elem *)(b->elems + b->nr_elems++ * b->elem_bytes);
 	elem->header.tag = tag;
-	elem->header.buf_index = tag;
+	elem->header.buf_index = b->buf_base + tag;
 	elem->header.result = res;
 	if (b->elem_bytes == sizeof(*elem))
 		elem->addr = addr;
@@ -129,9 +133,10 @@ static void batch_queue_elems(struct ul_batch *b, uint32_t opcode)
 	((struct ublk_batch_io *)sqe->cmd)->flags = b->flags;
 	sqe->addr = (uint64_t)(uintptr_t)b->elems;
 	sqe->len = b->nr_elems * b->elem_bytes;
-	sqe->user_data = UD(CQE_COMMIT, sqe->len);
+	sqe->user_data = UD(CQE_COMMIT, b->index, sqe->len);
 	b->nr_elems = 0;
-	b->nr_commits++;
+	b->ring->nr_commits++;
+	b->sq_tail = b->ring->uring.sq.sqe_tail;
 }
 
 void ul_batch_queue_commit(struct ul_batch *b)
@@ -142,9 +147,9 @@ void ul_batch_queue_commit(struct ul_batch *b)
 
 int ul_batch_handle_commit(struct ul_batch *b, const struct io_uring_cqe *cqe)
 {
-	b->nr_commits--;
+	b->ring->nr_commits--;
 	/* The driver takes every element that it gave us the tag of. */
-	if (cqe->res == (int)(uint32_t)cqe->user_data)
+	if (cqe->res == (int)UD_VALUE(cqe->user_data))
 		return 0;
 	return cqe->res < 0 ? cqe->res : -EPROTO;
 }
@@ -156,27 +161,28 @@ static void batch_queue_fetch(struct ul_batch *b)
 	sqe = batch_get_sqe(b, UBLK_U_IO_FETCH_IO_CMDS, FETCH_TAGS,
 			    sizeof(uint16_t));
 	sqe->rw_flags = UBLK_URING_CMD_MULTISHOT;
-	sqe->buf_group = FETCH_GROUP;
+	sqe->buf_group = b->index;
 	sqe->flags |= IOSQE_BUFFER_SELECT;
-	sqe->user_data = UD(CQE_FETCH, 0);
+	sqe->user_data = UD(CQE_FETCH, b->index, 0);
 }
 
 int ul_batch_prepare(struct ul_batch *b)
 {
+	struct io_uring *uring = &b->ring->uring;
 	struct io_uring_cqe *cqe;
 	int ret = batch_make_bufs(b);
 
 	if (ret)
 		return ret;
 	batch_queue_elems(b, UBLK_U_IO_PREP_IO_CMDS);
-	ret = io_uring_submit_and_wait(b->ring, 1);
+	ret = io_uring_submit_and_wait(uring, 1);
 	if (ret >= 0)
-		ret = io_uring_peek_cqe(b->ring, &cqe);
+		ret = io_uring_peek_cqe(uring, &cqe);
 	if (ret)
 		return ret;
 	ret = cqe->res;
-	io_uring_cqe_seen(b->ring, cqe);
-	b->nr_commits = 0;
+	io_uring_cqe_seen(uring, cqe);
+	b->ring->nr_commits = 0;
 	if (!ret)
 		batch_queue_fetch(b);
 	return ret;

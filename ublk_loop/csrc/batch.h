@@ -12,20 +12,22 @@
  * I: set by init.  P: set by prepare.
  */
 struct ul_batch {
-	struct io_uring		*ring;		/* I: borrowed */
+	struct ul_ring		*ring;		/* I: borrowed */
+	uint16_t		index;		/* I: of the hctx, on its thread */
+	uint16_t		buf_base;	/* I: see ul_hctx, with AUTO_BUF_REG */
 	char			*elems;		/* I: owned, [queue_depth] */
 	uint16_t		flags;		/* I: UBLK_BATCH_F_* */
 	unsigned int		elem_bytes;	/* I: header, address if copied */
 	uint16_t		q_id;		/* I */
 	unsigned int		nr_elems;	/* in elems, not yet queued */
-	unsigned int		nr_commits;	/* queued, cqe not yet seen */
+	unsigned int		sq_tail;	/* behind the last COMMIT */
 	unsigned int		nr_fetch_bufs;	/* I: a power of two */
 	struct io_uring_buf_ring *fetch_ring;	/* P: owned, see FETCH_TAGS */
 	uint16_t		*fetch_bufs;	/* P: owned, behind fetch_ring */
 };
 
-int ul_batch_init(struct ul_batch *b, struct io_uring *ring, uint16_t q_id,
-		  unsigned int queue_depth, uint16_t flags);
+/* What is I and not owned is set by the caller. */
+int ul_batch_init(struct ul_batch *b, unsigned int queue_depth);
 void ul_batch_exit(struct ul_batch *b);
 /* PREP all tags, which were added, and queue the fetch; on a new ring. */
 int ul_batch_prepare(struct ul_batch *b);

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * hctx.h - what target.c asks of a hardware context.
+ * hctx.h - what target.c and iothread.c ask of a hardware context.
  */
 #ifndef UL_HCTX_H
 #define UL_HCTX_H
 
 #include "target.h"
+
+/* ---- for target.c ---- */
 
 /* Hand a request's result back; any thread.  The request is gone after it. */
 void ul_hctx_complete(struct ul_request *req);
@@ -19,5 +21,22 @@ int ul_hctx_user_copy(struct ul_request *req, void *data);
  * leaves that to us; any thread.  0 or -errno; nothing to do in copy mode. */
 int ul_hctx_copy_in(struct ul_request *req);
 int ul_hctx_copy_out(struct ul_request *req);
+
+/* ---- for iothread.c, on its thread ---- */
+
+/* On a new ring: map the descriptors, queue or do the fetch of every tag. */
+int ul_hctx_prepare(struct ul_hctx *h);
+/* After the ring is gone, or will be at once. */
+void ul_hctx_unprepare(struct ul_hctx *h);
+void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe);
+/* All cqes of a batch were handled; all results of a round were committed. */
+void ul_hctx_end_reap(struct ul_hctx *h);
+void ul_hctx_end_round(struct ul_hctx *h);
+void ul_hctx_commit(struct ul_hctx *h, struct ul_request *req);
+bool ul_hctx_has_inflight(const struct ul_hctx *h);
+/* Whether the driver may still give us a request. */
+bool ul_hctx_fetches(const struct ul_hctx *h);
+/* Let go of the memory of the buffers, which must not be in use. */
+void ul_hctx_give_back(struct ul_hctx *h);
 
 #endif

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * ring.h - what the parts of a hctx agree on about its io_uring and memory.
+ * ring.h - what an iothread and the parts of its hctxs agree on about their
+ * io_uring and memory.
  */
 #ifndef UL_RING_H
 #define UL_RING_H
@@ -14,7 +15,8 @@
 #define CDEV_INDEX	0		/* /dev/ublkcN */
 #define BACKING_INDEX	1		/* the target's file, if it has one */
 
-/* user_data: what completed, and a value: mostly, for which tag. */
+/* user_data: what completed, of which hctx of the thread, and a value: mostly,
+ * for which tag. */
 enum hctx_cqe {
 	CQE_CMD,			/* a tag's own fetch or commit */
 	CQE_ASYNC,			/* I/O on the backing file */
@@ -22,7 +24,17 @@ enum hctx_cqe {
 	CQE_FETCH,			/* BATCH_IO: tags */
 	CQE_COMMIT,			/* BATCH_IO: how much was committed */
 };
-#define UD(kind, value)	((uint64_t)(kind) << 32 | (value))
+#define UD(kind, hctx, value) \
+	((uint64_t)(kind) << 48 | (uint64_t)(hctx) << 32 | (value))
+#define UD_KIND(user_data)	((enum hctx_cqe)((user_data) >> 48))
+#define UD_HCTX(user_data)	((uint16_t)((user_data) >> 32))
+#define UD_VALUE(user_data)	((uint32_t)(user_data))
+
+/* P: for the iothread's own thread only. */
+struct ul_ring {
+	struct io_uring	uring;		/* P: owned by the iothread */
+	unsigned int	nr_commits;	/* BATCH_IO: queued, cqe not yet seen */
+};
 
 static inline size_t ul_page_round_up(size_t nr_bytes)
 {
@@ -32,13 +44,13 @@ static inline size_t ul_page_round_up(size_t nr_bytes)
 }
 
 /* Never NULL once the ring is full: what is queued is submitted first. */
-static inline struct io_uring_sqe *ul_get_sqe(struct io_uring *ring)
+static inline struct io_uring_sqe *ul_get_sqe(struct ul_ring *ring)
 {
-	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
 
 	while (!sqe) {
-		io_uring_submit(ring);
-		sqe = io_uring_get_sqe(ring);
+		io_uring_submit(&ring->uring);
+		sqe = io_uring_get_sqe(&ring->uring);
 	}
 	return sqe;
 }

@@ -198,16 +198,34 @@ int ul_target_probe_punch(int32_t fd, uint64_t offset_bytes, uint64_t nr_bytes);
 void ul_request_get(struct ul_work *work, struct ul_request_info *info);
 void ul_request_set_result(struct ul_work *work, int32_t result);
 
-/* ---- hctx.c: one hardware queue; prepare and run on its own thread ---- */
+/* ---- iothread.c: the thread, and the ring, of one or more hctxs ---- */
+
+struct ul_iothread;
+
+struct ul_iothread_config {
+	int32_t		cdev_fd;	/* /dev/ublkcN, borrowed */
+	uint32_t	poll_us;	/* longest spin before sleeping; 0: none */
+};
+
+int ul_iothread_create(const struct ul_iothread_config *config,
+		       struct ul_target *target, struct ul_iothread **thread);
+/* Prepare and run on the same thread, once every hctx was created. Make the
+ * ring, map the descriptors, fetch every tag. */
+int ul_iothread_prepare(struct ul_iothread *thread);
+/* Serve until the driver aborted every tag or ul_iothread_stop(); then 0. */
+int ul_iothread_run(struct ul_iothread *thread);
+void ul_iothread_stop(struct ul_iothread *thread);
+/* After its hctxs. */
+void ul_iothread_destroy(struct ul_iothread *thread);
+
+/* ---- hctx.c: one hardware queue ---- */
 
 struct ul_hctx;
 
 struct ul_hctx_config {
-	int32_t		cdev_fd;	/* /dev/ublkcN, borrowed */
 	uint16_t	q_id;
 	uint16_t	queue_depth;
 	uint32_t	max_io_buf_bytes;
-	uint32_t	poll_us;	/* longest spin before sleeping; 0: none */
 	uint64_t	dev_flags;	/* UBLK_F_*, as the driver granted them */
 };
 
@@ -217,24 +235,20 @@ struct ul_hctx_stats {
 	uint64_t	nr_flushes;
 	uint64_t	nr_discards;	/* and write-zeroes */
 	uint64_t	nr_errors;
-	uint64_t	nr_batches;	/* rounds that reaped something */
-	uint64_t	nr_sleeps;
+	uint64_t	nr_batches;	/* its thread's rounds that reaped */
+	uint64_t	nr_sleeps;	/* its thread's */
 	uint64_t	nr_inline;	/* done on the hctx's thread at once */
 	uint64_t	nr_async;	/* done by the hctx's own ring */
 	uint64_t	nr_shared;	/* whose data lay in shared memory */
 	uint64_t	read_bytes;
 	uint64_t	write_bytes;
 	uint32_t	nr_inflight;
-	int32_t		tid;		/* 0: not prepared yet */
+	int32_t		tid;		/* its thread's; 0: not prepared yet */
 };
 
+/* Before the thread is prepared. */
 int ul_hctx_create(const struct ul_hctx_config *config,
-		   struct ul_target *target, struct ul_workqueue *wq,
-		   struct ul_hctx **hctx);
-/* Make the ring, map the descriptors, fetch every tag. */
-int ul_hctx_prepare(struct ul_hctx *hctx);
-/* Serve until the driver aborted every tag or ul_hctx_stop(); then 0. */
-int ul_hctx_run(struct ul_hctx *hctx);
-void ul_hctx_stop(struct ul_hctx *hctx);
+		   struct ul_iothread *thread, struct ul_target *target,
+		   struct ul_workqueue *wq, struct ul_hctx **hctx);
 void ul_hctx_get_stats(struct ul_hctx *hctx, struct ul_hctx_stats *stats);
 void ul_hctx_destroy(struct ul_hctx *hctx);

@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * iothread.h - the thread behind one or more hctxs, as they see it.
+ */
+#ifndef UL_IOTHREAD_H
+#define UL_IOTHREAD_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "ring.h"
+#include "target.h"
+
+/* From ul_iothread_create() to ul_iothread_destroy(), which is after its hctxs'.
+ * I: set at create, or as hctxs are added.  P: set by prepare, undone as run
+ * returns.  R: its own thread only.  A: atomic, any thread.
+ */
+struct ul_iothread {
+	int			cdev_fd;	/* I: /dev/ublkcN, borrowed */
+	struct ul_target	*target;	/* I: borrowed */
+	struct ul_hctx		**hctxs;	/* I: owned array, borrowed */
+	unsigned int		nr_hctxs;	/* I: below 2^16 */
+	unsigned int		nr_tags;	/* I: of all hctxs */
+	bool			has_buf_table;	/* I: a hctx has AUTO_BUF_REG */
+	int			wake_fd;	/* I: owned eventfd */
+	struct ul_ring		ring;		/* P */
+	bool			ring_made;	/* P */
+	int32_t			tid;		/* P */
+	uint64_t		spin_ns;	/* I: longest spin; 0: none */
+	uint64_t		wait_ns;	/* R: mean of waits up to spin_ns */
+	int			spin_score;	/* R: see SPIN_SCORE_MAX */
+	bool			may_give_back;	/* R: buffers may have pages */
+	int			fault;		/* R: first unexpected result */
+	uint64_t		nr_batches;	/* R: see ul_hctx_stats */
+	uint64_t		nr_sleeps;	/* R */
+	_Atomic(struct ul_request *) done;	/* A: newest first */
+	atomic_bool		sleeping;	/* A */
+	atomic_bool		stopping;	/* A */
+};
+
+/* Take a hctx in, before prepare: 0 or -errno. */
+int ul_iothread_add(struct ul_iothread *t, struct ul_hctx *h);
+/* A worker is done with a request; the thread commits it. */
+void ul_iothread_hand_back(struct ul_iothread *t, struct ul_request *req);
+/* It ends once nothing is in flight; what ends it first is what run returns. */
+void ul_iothread_set_fault(struct ul_iothread *t, int fault);
+
+#endif
