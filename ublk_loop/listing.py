@@ -125,6 +125,7 @@ def device_document(info: DevInfo, params: Params, state: DeviceState | None) ->
         "owner_uid": info.owner_uid,
         "owner_gid": info.owner_gid,
         "policy": state.options.policy if state else None,
+        "data": data_mode(info.flags),
         "queues": [
             {"q_id": queue.q_id, "tid": queue.tid, "affinity": list(queue.affinity)}
             for queue in (state.queues if state else ())
@@ -147,7 +148,15 @@ def verbose_text(info: DevInfo, params: Params, state: DeviceState | None) -> st
         }
         document["target"] = target_document(state)
         document["policy"] = state.options.policy
+        document["data"] = data_mode(info.flags)
     return json.dumps(document, indent=4, sort_keys=True)
+
+
+def data_mode(flags: int) -> str:
+    """Return how the data of a device with these UBLK_F_* goes, as ``ublk add --data`` names it."""
+    if flags & uapi.UBLK_F_AUTO_BUF_REG:
+        return "zerocopy"
+    return "usercopy" if flags & uapi.UBLK_F_USER_COPY else "copy"
 
 
 def target_document(state: DeviceState) -> dict[str, Any]:

@@ -172,3 +172,15 @@ def test_state_does_not_belong_to_a_later_device_with_the_same_id(
     gone = dataclasses.replace(INFO, ublksrv_pid=-1)
     assert listing.state_of(gone, dataclasses.replace(STATE, sysfs_ino=ino)) is not None
     assert listing.state_of(gone, dataclasses.replace(STATE, sysfs_ino=ino + 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        (uapi.UBLK_F_CMD_IOCTL_ENCODE, "copy"),
+        (uapi.UBLK_F_USER_COPY, "usercopy"),
+        (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG, "zerocopy"),
+    ],
+)
+def test_data_mode_is_told_from_what_the_driver_granted(flags: int, mode: str) -> None:
+    assert listing.data_mode(flags) == mode
