@@ -23,6 +23,7 @@
 #define NR_QUEUERS	4
 #define NR_QUEUES	3
 #define NR_ITEMS	24
+#define NR_AT_ONCE	5
 #define MS		1000000ull
 
 #define ADD(word, n)	__atomic_add_fetch(&(word), n, __ATOMIC_RELAXED)
@@ -202,19 +203,21 @@ static void queue_close(struct queue *queue)
 
 /* ---- what items do ---- */
 
-static void queue_enter(struct queue *queue)
+/* By weight: a heavy item is several, but may always run alone. */
+static void queue_enter(struct queue *queue, int weight)
 {
-	int nr_running = ADD(queue->nr_running, 1);
+	int nr_running = ADD(queue->nr_running, weight);
 
 	if (queue->max_active)
-		REQUIRE(nr_running <= queue->max_active);
+		REQUIRE(nr_running <= queue->max_active ||
+			nr_running == weight);
 	if (queue->max_active == 1)
 		queue->in_order++;
 }
 
-static void queue_leave(struct queue *queue)
+static void queue_leave(struct queue *queue, int weight)
 {
-	ADD(queue->nr_running, -1);
+	ADD(queue->nr_running, -weight);
 }
 
 static int parcel_run(struct ul_work *work)
@@ -222,17 +225,17 @@ static int parcel_run(struct ul_work *work)
 	struct parcel *parcel = (struct parcel *)work;
 	struct queue *queue = parcel->queue;
 
-	queue_enter(queue);
+	queue_enter(queue, 1);
 	for (int i = 0; i < 4; i++)
 		REQUIRE(parcel->payload[i] == i + 1);
 	memset(parcel, 0xff, sizeof(*parcel));
 	free(parcel);
 	ADD(nr_parcels_received, 1);
-	queue_leave(queue);
+	queue_leave(queue, 1);
 	return UL_WORK_DONE;
 }
 
-static void parcel_send(struct queue *queue)
+static struct parcel *parcel_make(struct queue *queue)
 {
 	struct parcel *parcel = malloc(sizeof(*parcel));
 
@@ -240,10 +243,28 @@ static void parcel_send(struct queue *queue)
 	parcel->queue = queue;
 	for (int i = 0; i < 4; i++)
 		parcel->payload[i] = i + 1;
+	return parcel;
+}
+
+static void parcel_send(struct queue *queue)
+{
+	struct parcel *parcel = parcel_make(queue);
+
 	if (ul_queue_work(queue->wq, &parcel->work))
 		ADD(nr_parcels_sent, 1);
 	else		/* draining */
 		free(parcel);
+}
+
+/* Several at once; from an item of the queue, or a drain would refuse them. */
+static void parcels_send(struct queue *queue)
+{
+	struct ul_work *works[NR_AT_ONCE];
+
+	for (int i = 0; i < NR_AT_ONCE; i++)
+		works[i] = &parcel_make(queue)->work;
+	ADD(nr_parcels_sent, NR_AT_ONCE);
+	ul_queue_works(queue->wq, works, NR_AT_ONCE);
 }
 
 static int item_run(struct ul_work *work)
@@ -256,7 +277,7 @@ static int item_run(struct ul_work *work)
 		goto end;
 	}
 	REQUIRE(!__atomic_exchange_n(&item->is_running, 1, __ATOMIC_RELAXED));
-	queue_enter(item->queue);
+	queue_enter(item->queue, work->weight);
 	item->nr_runs++;
 	dice = rand_r(&item->seed) % 16;
 	if (dice == 0)
@@ -266,13 +287,13 @@ static int item_run(struct ul_work *work)
 	if (dice == 2 && ul_queue_work(item->queue->wq, work))
 		ADD(item->nr_accepted, 1);
 	if (dice == 3)
-		parcel_send(item->queue);
+		parcels_send(item->queue);
 	if (dice == 4)
 		REQUIRE(ul_work_flush_wait(work) == -EDEADLK);
 	if (dice < 8)
 		return UL_WORK_ATTEND;
 end:
-	queue_leave(item->queue);
+	queue_leave(item->queue, work->weight);
 	SET(item->is_running, 0);
 	return UL_WORK_DONE;
 }
@@ -346,6 +367,7 @@ static void items_init(unsigned int seed)
 			.seed = seed + i,
 		};
 		ul_work_init(&items[i].work, item_run, i);
+		items[i].work.weight = 1 + i / NR_QUEUES % 3;
 		items[i].nr_accepted = 1;
 		REQUIRE(ul_queue_work(items[i].queue->wq, &items[i].work));
 	}

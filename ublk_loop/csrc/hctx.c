@@ -496,9 +496,14 @@ void ul_hctx_end_round(struct ul_hctx *h)
 	ul_batch_queue_commit(&h->batch);
 }
 
+void ul_hctx_complete_list(struct ul_request *first, struct ul_request *last)
+{
+	ul_iothread_hand_back(first->hctx->thread, first, last);
+}
+
 void ul_hctx_complete(struct ul_request *req)
 {
-	ul_iothread_hand_back(req->hctx->thread, req);
+	ul_hctx_complete_list(req, req);
 }
 
 bool ul_hctx_has_inflight(const struct ul_hctx *h)

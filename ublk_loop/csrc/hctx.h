@@ -11,6 +11,8 @@
 
 /* Hand a request's result back; any thread.  The request is gone after it. */
 void ul_hctx_complete(struct ul_request *req);
+/* The same for several of one hctx, linked by next from first to last. */
+void ul_hctx_complete_list(struct ul_request *first, struct ul_request *last);
 /* Whether the driver leaves it to us to move a request's data; then how, between
  * the driver and any memory of ours: 0, or -errno (-EFAULT: the memory). */
 bool ul_hctx_is_user_copy(const struct ul_request *req);

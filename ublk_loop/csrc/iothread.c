@@ -199,13 +199,14 @@ static void iothread_wake(struct ul_iothread *t)
 		return;
 }
 
-void ul_iothread_hand_back(struct ul_iothread *t, struct ul_request *req)
+void ul_iothread_hand_back(struct ul_iothread *t, struct ul_request *first,
+			   struct ul_request *last)
 {
 	struct ul_request *head = atomic_load(&t->done);
 
 	do {
-		req->next = head;
-	} while (!atomic_compare_exchange_weak(&t->done, &head, req));
+		last->next = head;
+	} while (!atomic_compare_exchange_weak(&t->done, &head, first));
 	if (atomic_load(&t->sleeping) && atomic_exchange(&t->sleeping, false))
 		iothread_wake(t);
 }

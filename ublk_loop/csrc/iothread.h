@@ -40,8 +40,9 @@ struct ul_iothread {
 
 /* Take a hctx in, before prepare: 0 or -errno. */
 int ul_iothread_add(struct ul_iothread *t, struct ul_hctx *h);
-/* A worker is done with a request; the thread commits it. */
-void ul_iothread_hand_back(struct ul_iothread *t, struct ul_request *req);
+/* A worker is done with a list of requests; the thread commits them. */
+void ul_iothread_hand_back(struct ul_iothread *t, struct ul_request *first,
+			   struct ul_request *last);
 /* It ends once nothing is in flight; what ends it first is what run returns. */
 void ul_iothread_set_fault(struct ul_iothread *t, int fault);
 

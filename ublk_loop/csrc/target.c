@@ -9,6 +9,11 @@
  * lock), so running them concurrently would only cost switches.  Policy `base`
  * sends reads down the same list: the loop driver before that commit.
  *
+ * The reads of one batch, up to UL_READS_MAX, are one work item, whose weight is
+ * their number: its worker starts them all at once by a ring of its own (reads.c)
+ * if the file system needs no thread for that, or does them one by one if none
+ * waits (tmpfs). Else each is an item.
+ *
  * Policy `auto` asks first what can be done without blocking.  What is resident
  * of a file of the page cache is copied from or to its mapping (map.c).  A cold
  * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
@@ -41,6 +46,7 @@
 
 #include "hctx.h"
 #include "map.h"
+#include "reads.h"
 #include "target.h"
 
 #define container_of(ptr, type, member) \
@@ -76,7 +82,7 @@ struct ul_target {
 	struct ul_request	*writing;	/* W: taken, not yet run */
 	struct ul_request	*current;	/* W: Python has it */
 	struct ul_map		*map;		/* I: owned; NULL: not mapped */
-	enum target_cold	cold;		/* I: policy auto */
+	enum target_cold	cold;		/* I: loop */
 	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
 
@@ -101,7 +107,7 @@ static bool fd_is_in_memory(int fd)
 	       (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 }
 
-static int target_init_auto(struct ul_target *t)
+static int target_init_loop(struct ul_target *t)
 {
 	int fd = t->config.fd;
 	int ret;
@@ -110,7 +116,8 @@ static int target_init_auto(struct ul_target *t)
 		t->cold = COLD_INLINE;
 	else if (fd_has_nowait(fd))
 		t->cold = COLD_ASYNC;
-	if (!(t->config.flags & UL_TARGET_MAP))
+	if (t->config.policy != UL_POLICY_AUTO ||
+	    !(t->config.flags & UL_TARGET_MAP))
 		return 0;
 	ret = ul_map_create(fd, t->config.offset_bytes, t->config.dev_nr_bytes,
 			    t->config.flags & UL_TARGET_READ_ONLY, &t->map);
@@ -129,9 +136,8 @@ int ul_target_create(const struct ul_target_config *config,
 	if (!t)
 		return -ENOMEM;
 	t->config = *config;
-	if (config->kind == UL_TARGET_LOOP &&
-	    config->policy == UL_POLICY_AUTO) {
-		ret = target_init_auto(t);
+	if (config->kind == UL_TARGET_LOOP) {
+		ret = target_init_loop(t);
 		if (ret) {
 			free(t);
 			return ret;
@@ -197,6 +203,7 @@ void ul_plug_init(struct ul_plug *plug)
 {
 	plug->head = NULL;
 	plug->tail = &plug->head;
+	plug->nr_reads = 0;
 	plug->file_bytes = 0;
 }
 
@@ -366,11 +373,42 @@ static int request_run(struct ul_target *t, struct ul_request *req,
 	return UL_WORK_DONE;
 }
 
+/* A read that the ring of its worker has done; again if that must wait. */
+static void read_end(struct ul_request *req, int32_t res)
+{
+	if (res == -EAGAIN || res == -EINTR || res == -EINVAL ||
+	    (res >= 0 && res < (int32_t)req->nr_bytes))
+		res = loop_read(req->target, req);
+	req->res = res;
+	if (res >= 0) {
+		res = ul_hctx_copy_out(req);
+		if (res)
+			req->res = res;
+	}
+}
+
+/* One after another, as none waits; handed back as one. */
+static void reads_run_in_order(struct ul_request *first)
+{
+	struct ul_request *last = first;
+
+	for (struct ul_request *req = first; req; req = req->next) {
+		read_end(req, loop_read(req->target, req));
+		last = req;
+	}
+	ul_hctx_complete_list(first, last);
+}
+
 static int target_read_work(struct ul_work *work)
 {
 	struct ul_request *req = container_of(work, struct ul_request, work);
+	const struct ul_target *t = req->target;
 
-	return request_run(req->target, req, work);
+	if (work->weight == 1)
+		return request_run(req->target, req, work);
+	if (t->cold != COLD_ASYNC || ul_reads_run(t->config.fd, req, read_end))
+		reads_run_in_order(req);
+	return UL_WORK_DONE;
 }
 
 /* The next request in order; NULL ends this turn of write_work. */
@@ -422,13 +460,40 @@ static bool target_refuses(const struct ul_target *t,
 	       req->op != UBLK_IO_OP_READ && req->op != UBLK_IO_OP_FLUSH;
 }
 
+/* Of what is cold under `auto`, its ring could not do more. */
+static bool target_joins_reads(const struct ul_target *t)
+{
+	return t->config.kind == UL_TARGET_LOOP &&
+	       t->config.policy == UL_POLICY_2014 && t->cold != COLD_WORKER;
+}
+
+static void plug_queue_reads(struct ul_target *t, struct ul_workqueue *wq,
+			     struct ul_plug *plug)
+{
+	struct ul_work *works[UL_READS_MAX];
+	unsigned int nr = plug->nr_reads;
+	bool join = target_joins_reads(t);
+
+	plug->nr_reads = 0;
+	for (unsigned int i = 0; i < nr; i++) {
+		works[i] = &plug->reads[i]->work;
+		works[i]->weight = join ? nr : 1;
+		plug->reads[i]->next = i + 1 < nr ? plug->reads[i + 1] : NULL;
+	}
+	if (nr)
+		ul_queue_works(wq, works, join ? 1 : nr);
+}
+
 void ul_target_queue_work(struct ul_target *t, struct ul_workqueue *wq,
 			  struct ul_plug *plug, struct ul_request *req)
 {
-	if (req->op == UBLK_IO_OP_READ && t->config.policy != UL_POLICY_BASE)
-		ul_queue_work(wq, &req->work);
-	else
+	if (req->op != UBLK_IO_OP_READ || t->config.policy == UL_POLICY_BASE) {
 		plug_add(plug, req);
+		return;
+	}
+	plug->reads[plug->nr_reads++] = req;
+	if (plug->nr_reads == UL_READS_MAX)
+		plug_queue_reads(t, wq, plug);
 }
 
 int ul_target_fd(const struct ul_target *t)
@@ -587,6 +652,7 @@ void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,
 	bool start;
 
 	plug->file_bytes = 0;
+	plug_queue_reads(t, wq, plug);
 	if (!plug->head)
 		return;
 	pthread_mutex_lock(&t->ordered_lock);

@@ -20,7 +20,8 @@
  */
 struct ul_request {
 	struct ul_work		work;		/* a concurrent request's item */
-	struct ul_request	*next;		/* plug, ordered or done list */
+	struct ul_request	*next;		/* plug, ordered, done list; the
+						 * reads of one work item */
 	struct ul_hctx		*hctx;		/* I: borrowed, outlives it */
 	struct ul_target	*target;	/* I: borrowed, outlives it */
 	void			*buffer;	/* R: of hctx's arena, or shared */
@@ -42,11 +43,17 @@ enum ul_rq_status {
 	UL_RQ_ASYNC,	/* buffer <-> file: the hctx's ring is to do it */
 };
 
+/* How many reads one work item may do at the most. */
+#define UL_READS_MAX	16
+
 /* What a hctx and a target keep for the length of one batch: the writes that
- * are on their way to the ordered list, in order. */
+ * are on their way to the ordered list, in order, and reads for the workqueue.
+ */
 struct ul_plug {
 	struct ul_request	*head;
 	struct ul_request	**tail;
+	struct ul_request	*reads[UL_READS_MAX];
+	unsigned int		nr_reads;
 	uint64_t		file_bytes;	/* policy auto; 0: not asked */
 };
 

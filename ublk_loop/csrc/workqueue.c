@@ -24,7 +24,8 @@
  *
  * It is pending in all states but IDLE, and IDLE before func runs, so func may
  * queue its own item; which never runs twice at once. Whatever is WAITING,
- * SCHEDULED or running counts as active. An ordered workqueue is max_active 1.
+ * SCHEDULED or running counts as active, by its weight: an item that does the
+ * work of several counts as several. An ordered workqueue is max_active 1.
  *
  * Locking: one mutex a pool, pool->lock, guards the pool, its workqueues and
  * their items. It is never held across func or a wait. All waits are futexes:
@@ -38,7 +39,8 @@
  * Who is woken: nobody if a worker is on its way (nr_coming) or spins; else
  * the warmest idle worker; else the manager, to make one. A worker that takes
  * an item and leaves others behind kicks in turn, so wake-ups form a chain and
- * queueing costs no system call as long as one is under way.
+ * queueing costs no system call as long as one is under way. A batch of items
+ * is queued under one lock, and wakes one worker, which begins that chain.
  *
  * Flush: each item carries the epoch of its queueing (modulo NR_COLORS); a
  * flush begins a new epoch and waits until all older ones have no item left.
@@ -144,6 +146,7 @@ struct ul_worker {
 	clockid_t	cpu_clock;	/* L: set on entry */
 	uint32_t	wake;		/* A: futex */
 	uint32_t	nr_turn;	/* L: rescuer: items left this turn */
+	uint16_t	current_weight;	/* L */
 	uint8_t		current_color;	/* L */
 	bool		leave;		/* L: end */
 	bool		standby;	/* L: rescuer: awake or about to be */
@@ -395,13 +398,20 @@ static uint32_t *pool_kick(struct ul_pool *pool)
 
 /* ---- workqueue: accounts of its items ---- */
 
+/* Whatever its weight, an item may run alone. */
+static bool wq_may_activate(const struct ul_workqueue *wq,
+			    const struct ul_work *work)
+{
+	return !wq->nr_active || wq->nr_active + work->weight <= wq->max_active;
+}
+
 static void work_activate(struct ul_workqueue *wq, struct ul_work *work)
 {
 	struct ul_pool *pool = wq->pool;
 
 	work->state = WORK_WAITING;
 	list_insert(&pool->waiting, &work->node);
-	wq->nr_active++;
+	wq->nr_active += work->weight;
 	wq->nr_waiting++;
 	store(&pool->nr_waiting, pool->nr_waiting + 1);
 }
@@ -411,8 +421,8 @@ static void work_insert(struct ul_workqueue *wq, struct ul_work *work)
 	work->color = wq->epoch % NR_COLORS;
 	wq->nr_epoch[work->color]++;
 	wq->nr_inflight++;
-	/* Then nothing is inactive, see wq_activate_inactive(). */
-	if (wq->nr_active < wq->max_active) {
+	/* None overtakes what is inactive, which may wait for its weight. */
+	if (!wq->nr_inactive && wq_may_activate(wq, work)) {
 		work_activate(wq, work);
 		return;
 	}
@@ -425,8 +435,10 @@ static void wq_activate_inactive(struct ul_workqueue *wq)
 {
 	struct ul_work *work;
 
-	while (wq->nr_inactive && wq->nr_active < wq->max_active) {
+	while (wq->nr_inactive) {
 		work = list_first(&wq->inactive, struct ul_work, node);
+		if (!wq_may_activate(wq, work))
+			break;
 		list_del(&work->node);
 		wq->nr_inactive--;
 		work_activate(wq, work);
@@ -449,14 +461,12 @@ static void wq_advance(struct ul_workqueue *wq)
 	}
 }
 
-/* An item is over, run or cancelled. */
-static void wq_put(struct ul_workqueue *wq, uint8_t color, bool active)
+/* An item is over, run or cancelled. nr_active: its part in that. */
+static void wq_put(struct ul_workqueue *wq, uint8_t color, uint32_t nr_active)
 {
 	wq->nr_inflight--;
-	if (active) {
-		wq->nr_active--;
-		wq_activate_inactive(wq);
-	}
+	wq->nr_active -= nr_active;
+	wq_activate_inactive(wq);
 	if (!--wq->nr_epoch[color] && wq->done_epoch < wq->epoch)
 		wq_advance(wq);
 	if (!wq->nr_inflight)
@@ -492,7 +502,8 @@ static bool work_grab(struct ul_work *work)
 	work->state = WORK_IDLE;
 	waiters_wake(&work->flushers);
 	if (state != WORK_DELAYED)
-		wq_put(wq, work->color, state != WORK_INACTIVE);
+		wq_put(wq, work->color,
+		       state == WORK_INACTIVE ? 0 : work->weight);
 	return true;
 }
 
@@ -642,6 +653,7 @@ static void worker_begin(struct ul_worker *worker, struct ul_work *work)
 	worker->current_func = work->func;
 	worker->current_wq = wq;
 	worker->current_color = work->color;
+	worker->current_weight = work->weight;
 	list_insert(pool_bucket(worker->pool, work), &worker->busy_node);
 	list_move_all(&work->flushers, &worker->flushers);
 	work->state = WORK_IDLE;
@@ -661,7 +673,7 @@ static void worker_end(struct ul_worker *worker)
 	wq->stats.nr_completed++;
 	wq->stats.nr_cpu_hogs += worker_hogged_cpu(worker);
 	waiters_wake(&worker->flushers);
-	wq_put(wq, worker->current_color, true);
+	wq_put(wq, worker->current_color, worker->current_weight);
 }
 
 /*
@@ -1271,6 +1283,7 @@ void ul_work_init(struct ul_work *work, ul_work_func func, uint64_t cookie)
 	memset(work, 0, sizeof(*work));
 	work->func = func;
 	work->cookie = cookie;
+	work->weight = 1;
 	list_init(&work->node);
 	list_init(&work->flushers);
 }
@@ -1294,23 +1307,42 @@ static int work_admit(struct ul_workqueue *wq, struct ul_work *work)
 	return 0;
 }
 
+static bool work_queue_locked(struct ul_workqueue *wq, struct ul_work *work)
+{
+	if (work->state != WORK_IDLE || work_admit(wq, work))
+		return false;
+	work_insert(wq, work);
+	return true;
+}
+
+/* Unlocks. */
+static void wq_unlock_and_kick(struct ul_workqueue *wq)
+{
+	uint32_t *kick = pool_kick(wq->pool);
+
+	if (kick)
+		wq->stats.nr_wakeups++;
+	pthread_mutex_unlock(&wq->pool->lock);
+	futex_wake(kick);
+}
+
 bool ul_queue_work(struct ul_workqueue *wq, struct ul_work *work)
 {
-	struct ul_pool *pool = wq->pool;
-	uint32_t *kick = NULL;
 	bool queued;
 
-	pthread_mutex_lock(&pool->lock);
-	queued = work->state == WORK_IDLE && !work_admit(wq, work);
-	if (queued) {
-		work_insert(wq, work);
-		kick = pool_kick(pool);
-		if (kick)
-			wq->stats.nr_wakeups++;
-	}
-	pthread_mutex_unlock(&pool->lock);
-	futex_wake(kick);
+	pthread_mutex_lock(&wq->pool->lock);
+	queued = work_queue_locked(wq, work);
+	wq_unlock_and_kick(wq);
 	return queued;
+}
+
+void ul_queue_works(struct ul_workqueue *wq, struct ul_work *const *works,
+		    unsigned int nr_works)
+{
+	pthread_mutex_lock(&wq->pool->lock);
+	for (unsigned int i = 0; i < nr_works; i++)
+		work_queue_locked(wq, works[i]);
+	wq_unlock_and_kick(wq);
 }
 
 /* Returns whom to wake. The list is short, and most go to its end. */

@@ -45,10 +45,15 @@ struct ul_work {
 	uint16_t		nr_disables;	/* L */
 	uint8_t			state;		/* L: enum work_state */
 	uint8_t			color;		/* L: its epoch's slot */
+	uint16_t		weight;		/* U: counts so many against
+						 * max_active; set when idle */
 };
 
 void ul_work_init(struct ul_work *work, ul_work_func func, uint64_t cookie);
 /* False if the item was pending already, or cannot be queued now. */
 bool ul_queue_work(struct ul_workqueue *wq, struct ul_work *work);
+/* The same for each of several: one lock, and one wake-up at the most. */
+void ul_queue_works(struct ul_workqueue *wq, struct ul_work *const *works,
+		    unsigned int nr_works);
 
 #endif

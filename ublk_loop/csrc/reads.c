@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+/*
+ * reads.c - several reads at once by one thread.
+ *
+ * In: a list of requests, on a worker's thread. Out: each is ended and handed
+ * back to its hctx, all that have come by then as one list. A blocking read each
+ * would take a thread each, and two switches; here one submission starts all.
+ *
+ * The ring is the thread's own, made for the first list and gone with the
+ * thread: with DEFER_TASKRUN nothing but this thread's waiting is interrupted,
+ * and it is woken only when enough reads are over. It waits for a quarter of
+ * those left, which keeps wake-ups few and none waiting long for the slowest.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <liburing.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "hctx.h"
+#include "reads.h"
+
+static pthread_key_t ring_key;
+static pthread_once_t ring_key_once = PTHREAD_ONCE_INIT;
+
+static void ring_free(void *ring)
+{
+	io_uring_queue_exit(ring);
+	free(ring);
+}
+
+static void ring_key_make(void)
+{
+	/* Without it a ring would go with the process: harmless. */
+	pthread_key_create(&ring_key, ring_free);
+}
+
+static int ring_make(struct io_uring *ring)
+{
+	/* Best first; a kernel that lacks a flag says -EINVAL. */
+	static const unsigned int setups[] = {
+		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+		IORING_SETUP_COOP_TASKRUN,
+		0,
+	};
+	int ret = -EINVAL;
+
+	for (size_t i = 0; ret == -EINVAL && i < 3; i++)
+		ret = io_uring_queue_init(UL_READS_MAX, ring, setups[i]);
+	if (!ret)
+		io_uring_register_ring_fd(ring);	/* only saves time */
+	return ret;
+}
+
+static struct io_uring *thread_ring(void)
+{
+	struct io_uring *ring;
+
+	pthread_once(&ring_key_once, ring_key_make);
+	ring = pthread_getspecific(ring_key);
+	if (ring)
+		return ring;
+	ring = calloc(1, sizeof(*ring));
+	if (!ring)
+		return NULL;
+	if (ring_make(ring)) {
+		free(ring);
+		return NULL;
+	}
+	pthread_setspecific(ring_key, ring);
+	return ring;
+}
+
+static void queue_read(struct io_uring *ring, int fd, struct ul_request *req)
+{
+	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+
+	io_uring_prep_read(sqe, fd, req->buffer, req->nr_bytes,
+			   ul_target_pos(req->target, req));
+	io_uring_sqe_set_data(sqe, req);
+}
+
+/* End all that have come, and hand them back; returns how many. */
+static unsigned int reap_reads(struct io_uring *ring, ul_read_end end)
+{
+	struct ul_request *first = NULL, *last = NULL, *req;
+	struct io_uring_cqe *cqe;
+	unsigned int head, nr = 0;
+
+	io_uring_for_each_cqe(ring, head, cqe) {
+		req = io_uring_cqe_get_data(cqe);
+		end(req, cqe->res);
+		req->next = first;
+		first = req;
+		if (!last)
+			last = req;
+		nr++;
+	}
+	io_uring_cq_advance(ring, nr);
+	if (nr)
+		ul_hctx_complete_list(first, last);
+	return nr;
+}
+
+int ul_reads_run(int fd, struct ul_request *first, ul_read_end end)
+{
+	struct io_uring *ring = thread_ring();
+	unsigned int nr_left = 0;
+
+	if (!ring)
+		return -ENOMEM;
+	for (struct ul_request *req = first; req; req = req->next, nr_left++)
+		queue_read(ring, fd, req);
+	while (nr_left) {
+		/* What interrupts (-EINTR) or is short (-EAGAIN) passes. */
+		io_uring_submit_and_wait(ring, (nr_left + 3) / 4);
+		nr_left -= reap_reads(ring, end);
+	}
+	return 0;
+}
