@@ -29,9 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from daemons import Daemon
+from loads import Load
 from servers import Apart
 
-from ublk_loop.control import Control
+from ublk_loop import manage
+from ublk_loop.control import Control, list_dev_ids
 from ublk_loop.device import Device
 from ublk_loop.state import DeviceOptions, TargetSpec
 from ublk_loop.target import Target
@@ -297,6 +300,34 @@ def apart(
     yield serve
     for each in reversed(served):
         each.delete()
+
+
+@pytest.fixture(scope="module")
+def module_daemon(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all tests of a module, as it takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("daemon") / "state"
+        patch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
+        patch.delenv("UBLK_LOOP_DAEMON", raising=False)
+        daemon = Daemon()
+        daemon.start()
+        yield daemon
+        daemon.ask("stop")
+
+
+@pytest.fixture
+def daemon(
+    module_daemon: Daemon, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Daemon]:
+    """The module's daemon; what it serves at the test's end is deleted."""
+    monkeypatch.delenv("UBLK_LOOP_DAEMON")
+    # What a test starts anew is shared by the tests after it, and no leftover.
+    monkeypatch.delenv(MARK)
+    yield module_daemon
+    for dev_id in list_dev_ids():
+        with contextlib.suppress(OSError):
+            manage.delete(dev_id, force=True)
+    module_daemon.start()
 
 
 @pytest.fixture
@@ -596,3 +627,19 @@ def fio(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return parsed
 
     return fio
+
+
+@pytest.fixture
+def verifying_load(tmp_path: Path, leaves_nothing: KernelLog) -> Iterator[Callable[[str], Load]]:
+    """``verifying_load(block_path)`` starts fio; ``end()`` ends it and returns its report."""
+    started: list[Load] = []
+
+    def start(block_path: str) -> Load:
+        started.append(Load(block_path, tmp_path / "load.json"))
+        return started[-1]
+
+    yield start
+    for load in started:
+        load.process.kill()
+        # Its device is gone, or serves it: what serves it is to be set up later.
+        load.process.wait(60)

@@ -1,7 +1,6 @@
 """The daemon on the real driver: it starts servers, and no device depends on it.
 
-A daemon runs as a process of its own, with a state folder of the test's. Python starts slowly in an
-emulated guest: most requests are made by the client in this process.
+A daemon runs as a process of its own, with a state folder of the tests'.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from daemons import Daemon
 
 from ublk_loop import client, manage, paths, uapi
 from ublk_loop.control import Control, list_dev_ids
@@ -28,76 +28,6 @@ Ublk = Callable[..., subprocess.CompletedProcess[str]]
 WaitUntil = Callable[..., None]
 FILE_BYTES = 4 << 20
 MAX_PSS_KIB = 6 << 10
-
-
-class Daemon:
-    """A daemon of the test's own."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self.state_dir = state_dir
-
-    @property
-    def pid(self) -> int:
-        return int(self.status()["pid"])
-
-    def start(self) -> None:
-        client.start()
-
-    def add(self, line: str, *words: object) -> dict[str, Any]:
-        """``ublk add LINE --json``, which must succeed; returns the device."""
-        reply = self.ask("add", line, *words, "--json")
-        assert (reply["exit_code"], reply["err"]) == (0, "")
-        device = json.loads(reply["out"])
-        assert isinstance(device, dict)
-        return device
-
-    def ask(self, command: str, line: str = "", *words: object) -> dict[str, Any]:
-        request: dict[str, Any] = {"command": command}
-        if command == "add":
-            said = [*line.split(), *map(str, words)]
-            request |= {"words": said, "cwd": "/", "two_lines": False}
-        reply = client.ask(request)
-        assert reply is not None
-        return reply
-
-    def status(self) -> dict[str, Any]:
-        document = self.ask("status")["document"]
-        assert isinstance(document, dict)
-        return document
-
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        pid = self.pid
-        os.kill(pid, number)
-        deadline = time.monotonic() + 20
-        while os.path.exists(f"/proc/{pid}"):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def shared(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for all tests here, as it takes seconds to start."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("daemon") / "state"
-        patch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
-        patch.delenv("UBLK_LOOP_DAEMON", raising=False)
-        daemon = Daemon(folder)
-        daemon.start()
-        yield daemon
-        client.ask({"command": "stop"})
-
-
-@pytest.fixture
-def daemon(shared: Daemon, control: Control, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    """The daemon, whose devices are deleted at the test's end."""
-    monkeypatch.delenv("UBLK_LOOP_DAEMON")
-    # What a test starts anew is shared by the tests after it, and no leftover.
-    monkeypatch.delenv("UBLK_LOOP_TEST")
-    yield shared
-    for dev_id in list_dev_ids():
-        with contextlib.suppress(OSError):
-            manage.delete(dev_id)
-    shared.start()
 
 
 def _is_alive(pid: int) -> bool:
@@ -141,13 +71,13 @@ def test_add_starts_a_daemon_once_and_both_outlive_the_command(
 def test_add_by_the_daemon_fails_as_without_one_and_leaves_nothing(
     daemon: Daemon, tmp_path: Path, backing_file: Callable[..., Path]
 ) -> None:
-    reply = daemon.ask("add", "-t loop -f", tmp_path / "absent")
+    reply = daemon.ask_add("-t loop -f", tmp_path / "absent")
     assert (reply["exit_code"], reply["out"]) == (1, "")
     assert reply["err"] == f"ublk: {tmp_path}/absent: No such file or directory\n"
-    reply = daemon.ask("add", "-t null -q 0")
+    reply = daemon.ask_add("-t null -q 0")
     assert reply["exit_code"] == 2
     assert "Invalid value for '-q'" in reply["err"]
-    reply = daemon.ask("add", "-t loop --size 8M -f", backing_file(FILE_BYTES))
+    reply = daemon.ask_add("-t loop --size 8M -f", backing_file(FILE_BYTES))
     assert "do not fit" in reply["err"]
     assert daemon.status()["devices"] == []
     assert list_dev_ids() == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -12,61 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from loads import DEV_BYTES, nr_written
 from servers import REISSUE
 
 from ublk_loop import uapi
 from ublk_loop.errors import DriverError
 
-KIB = 1 << 10
-MIB = 1 << 20
-DEV_BYTES = 16 * MIB
 NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "27"))  # in three kinds of device
-
-
-@pytest.fixture
-def verifying_load(tmp_path, leaves_nothing):
-    """``verifying_load(block_path)`` starts fio; ``end()`` ends it and returns its report."""
-    started = []
-
-    def start(block_path: str) -> Load:
-        started.append(Load(block_path, tmp_path / "load.json"))
-        return started[-1]
-
-    yield start
-    for load in started:
-        load.process.kill()
-        load.process.wait(60)  # its device is gone, or serves it: `apart` is to be set up later
-
-
-class Load:
-    """fio, which writes by two ways into two halves and reads every block again soon after."""
-
-    def __init__(self, block_path: str, report: Path) -> None:
-        self._report = report
-        common = ["--direct=1", "--thread", "--time_based", "--runtime=3600", "--verify=crc32c"]
-        common += [f"--filename={block_path}", "--allow_file_create=0", "--verify_fatal=1"]
-        common += [f"--size={DEV_BYTES // 2}", "--verify_backlog=48", "--iodepth=16"]
-        jobs = ["--name=a", "--ioengine=libaio", "--rw=randwrite", "--bsrange=512-64k"]
-        jobs += [f"--output={report}", "--output-format=json"]
-        other = ["--name=b", "--ioengine=io_uring", "--rw=randrw", "--bs=4k", "--fsync=64"]
-        other += [f"--offset={DEV_BYTES // 2}", *common]
-        self.process = subprocess.Popen(
-            ["fio", *jobs, *common, *other], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def end(self) -> dict[str, dict]:
-        """End it, and return its jobs' reports by name."""
-        assert self.process.poll() is None, "fio ended by itself"
-        self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=60)
-        text = self._report.read_text()
-        return {job["jobname"]: job for job in json.loads(text[text.index("{") :])["jobs"]}
-
-
-def nr_written(dev) -> int:
-    """How many writes the block device has completed."""
-    stat = Path(f"/sys/block/ublkb{dev.dev_id}/stat").read_text()
-    return int(stat.split()[4])
 
 
 @pytest.mark.deadline(240 + 6 * NR_KILLS)
@@ -96,8 +47,8 @@ def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
     dev = apart(path, direct=direct, policy=policy, **options)
     load = verifying_load(dev.block_path)
     for _ in range(NR_KILLS // 3):
-        before = nr_written(dev)
-        wait_until(lambda before=before: nr_written(dev) > before, timeout_s=30)
+        before = nr_written(dev.dev_id)
+        wait_until(lambda before=before: nr_written(dev.dev_id) > before, timeout_s=30)
         time.sleep(rng.random() / 5)  # any moment: there is nothing to wait for
         if rng.random() < 0.3:
             dev.signal(signal.SIGSTOP)
@@ -106,8 +57,8 @@ def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
                 dev.signal(signal.SIGCONT)
         dev.kill()
         dev.recover()
-    before = nr_written(dev)
-    wait_until(lambda: nr_written(dev) > before + 100, timeout_s=30)
+    before = nr_written(dev.dev_id)
+    wait_until(lambda: nr_written(dev.dev_id) > before + 100, timeout_s=30)
     jobs = load.end()
     assert [job["error"] for job in jobs.values()] == [0, 0]
     assert all(job["read"]["total_ios"] > 0 for job in jobs.values())
@@ -118,13 +69,13 @@ def test_server_that_was_stopped_for_a_while_goes_on(
 ) -> None:
     dev = apart(backing_file(DEV_BYTES))
     load = verifying_load(dev.block_path)
-    wait_until(lambda: nr_written(dev) > 100, timeout_s=30)
+    wait_until(lambda: nr_written(dev.dev_id) > 100, timeout_s=30)
     for _ in range(5):
         dev.signal(signal.SIGSTOP)
         time.sleep(0.2)
         dev.signal(signal.SIGCONT)
-        before = nr_written(dev)
-        wait_until(lambda before=before: nr_written(dev) > before + 50, timeout_s=30)
+        before = nr_written(dev.dev_id)
+        wait_until(lambda before=before: nr_written(dev.dev_id) > before + 50, timeout_s=30)
     assert [job["error"] for job in load.end().values()] == [0, 0]
 
 

@@ -10,6 +10,7 @@ choices of a run that failed; every failure names its seed and round.
 Some kernel tests go on for longer when told so, which docs/reliability.md did for its figures:
 
     UBLK_LOOP_SOAK_KILLS=1000     tests/kernel/test_kills.py
+    UBLK_LOOP_SOAK_DAEMON_KILLS=1000  tests/kernel/test_recovery.py -k any_moment
     UBLK_LOOP_SOAK_CUTS=100       tests/kernel/test_power_cut.py   (each of three; 4 GiB of memory)
 
 tests/soak/fuzz.py needs no driver.
