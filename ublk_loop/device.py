@@ -47,7 +47,13 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_AUTO_BUF_REG
     | uapi.UBLK_F_BATCH_IO
     | uapi.UBLK_F_SHMEM_ZC
+    | uapi.UBLK_F_QUIESCE
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
+)
+RECOVERY_FLAGS = (
+    uapi.UBLK_F_USER_RECOVERY
+    | uapi.UBLK_F_USER_RECOVERY_REISSUE
+    | uapi.UBLK_F_USER_RECOVERY_FAIL_IO
 )
 # How the data goes between driver and server: the driver copies it from and to a buffer of ours; we
 # copy it by pread and pwrite on ublkcN; or the ring reads and writes the client's own pages, and
@@ -145,6 +151,7 @@ class Device:
             best_data = target.best_data if policy == "auto" else "copy"
             flags |= _data_flags(data, best_data, flags, features)
             flags |= _shmem_flags(shared_files, data, target)
+            flags |= _quiesce_flag(batch, flags, features)
             flags |= _batch_flag(batch, flags, queue_depth, features)
             if flags & ~SUPPORTED_FLAGS:
                 raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
@@ -263,14 +270,23 @@ class Device:
         """What ended hctxs before their time; empty when they were stopped."""
         return [thread.error for thread in self.threads if thread.error]
 
-    def close(self, timeout_s: float = 30) -> None:
-        """Let go of the device without deleting it. Idempotent.
+    def drain(self, timeout_s: float = 30) -> None:
+        """Finish what is in flight, and begin nothing that another server may do.
+
+        The process must end then: until its end nobody serves the device.
 
         :raises DriverError: ETIMEDOUT, when a request in flight does not end.
         """
         for thread in self.threads:
             thread.stop()
         self._join(time.monotonic() + timeout_s)
+
+    def close(self, timeout_s: float = 30) -> None:
+        """Let go of the device without deleting it. Idempotent.
+
+        :raises DriverError: ETIMEDOUT, when a request in flight does not end.
+        """
+        self.drain(timeout_s)
         self.hctxs.clear()
         self.threads.clear()
         self._resources.close()
@@ -441,11 +457,21 @@ def _shmem_flags(files: Sequence[SharedFile], data: str, target: Target) -> int:
     return uapi.UBLK_F_SHMEM_ZC | uapi.UBLK_F_USER_COPY
 
 
+def _quiesce_flag(batch: bool | None, flags: int, features: int) -> int:
+    # Where the driver may not issue requests again, a server can leave the device to another only
+    # if the driver keeps new ones back first. Not with BATCH_IO: QUIESCE_DEV of such a device sets
+    # force_abort, and the driver fails what comes until the next server is there with EIO (v7.3).
+    recovery = flags & RECOVERY_FLAGS
+    if batch or recovery != uapi.UBLK_F_USER_RECOVERY:
+        return 0
+    return features & uapi.UBLK_F_QUIESCE
+
+
 def _batch_flag(batch: bool | None, flags: int, queue_depth: int, features: int) -> int:
     # One multishot fetch is faster than a command a tag. The driver refuses it with NEED_GET_DATA,
     # and for a single tag (its kfifo wants two).
     if batch is None:
-        fits = queue_depth > 1 and not flags & uapi.UBLK_F_NEED_GET_DATA
+        fits = queue_depth > 1 and not flags & (uapi.UBLK_F_NEED_GET_DATA | uapi.UBLK_F_QUIESCE)
         batch = fits and bool(features & uapi.UBLK_F_BATCH_IO)
     return uapi.UBLK_F_BATCH_IO if batch else 0
 

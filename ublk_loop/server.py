@@ -44,7 +44,9 @@ NODE_TIMEOUT_S = 10.0
 RELEASE_TIMEOUT_S = 20.0  # of the backing by a dead server, whose I/O may still be under way
 REUSE_TIMEOUT_S = 1.0  # the same for a new device: more likely somebody else uses it
 STOP_TIMEOUT_S = 30.0
-
+LEAVE_TIMEOUT_S = 30.0
+# Finish what is in flight and go; the device stays, for another server: handover.py.
+LEAVE_SIGNAL = signal.SIGUSR1
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ def serve(
     on_live: Callable[[int, Any], None],
 ) -> None:
     """Serve a device until it is stopped from outside, or SIGTERM or SIGINT ends and deletes it.
+
+    LEAVE_SIGNAL ends the server, and the device waits for another one.
 
     :param on_added: called with the dev_id and the inode in sysfs once the device exists.
     :param on_live: called with the dev_id and what ``describe`` returned. If it raises, the device
@@ -237,7 +241,7 @@ def _give_up(device: Device, request: Request) -> None:
 
 def _serve_until_end(control: Control, device: Device, events: _Events) -> None:
     device.on_end(events.wake)
-    while not events.stop_requested and not device.wait(0):
+    while not (events.stop_requested or events.leave_requested or device.wait(0)):
         events.wait()
     if device.errors():
         # As after a crash: the driver fails the device, or keeps it for a recovery.
@@ -248,31 +252,41 @@ def _serve_until_end(control: Control, device: Device, events: _Events) -> None:
         # Before ublkcN is closed: after that the dev_id may be somebody else's.
         state.remove(device.dev_id)
         device.delete(STOP_TIMEOUT_S)
+    elif events.leave_requested:
+        _log.info("dev %d: left to another server", device.dev_id)
+        device.drain(LEAVE_TIMEOUT_S)
+        os._exit(0)  # as if killed: the kernel closes ublkcN once all threads have ended
     else:
         _log.info("dev %d was stopped", device.dev_id)
-        if not _is_quiesced(control, device.dev_id):
+        if _was_stopped(control, device.dev_id):
             state.remove(device.dev_id)
         device.close(STOP_TIMEOUT_S)
 
 
-def _is_quiesced(control: Control, dev_id: int) -> bool:
-    # Stopped by QUIESCE_DEV: somebody is to recover the device.
+def _was_stopped(control: Control, dev_id: int) -> bool:
+    # By STOP_DEV, which marks the device dead before it aborts the tags; or gone altogether. After
+    # QUIESCE_DEV it is LIVE until ublkcN is closed, and somebody is about to recover it.
     try:
-        return control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_QUIESCED
+        return control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_DEAD
     except UblkLoopError:
-        return False
+        return True
 
 
 class _Events:
-    """What wakes the main thread: SIGTERM, SIGINT, the end of the device. No polling, no race."""
+    """What wakes the main thread: signals, the end of the device. No polling, no race."""
 
     def __init__(self) -> None:
         self.stop_requested = False
+        self.leave_requested = False
         self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._old_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        handlers = {
+            signal.SIGTERM: self._request_stop,
+            signal.SIGINT: self._request_stop,
+            LEAVE_SIGNAL: self._request_leave,
+        }
         self._old_handlers = {
-            number: signal.signal(number, self._request_stop)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, handler) for number, handler in handlers.items()
         }
 
     def wake(self) -> None:
@@ -297,6 +311,9 @@ class _Events:
 
     def _request_stop(self, *_: object) -> None:
         self.stop_requested = True
+
+    def _request_leave(self, *_: object) -> None:
+        self.leave_requested = True
 
 
 # ---- the server as a daemon ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import random
 import signal
@@ -62,6 +64,69 @@ def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
     jobs = load.end()
     assert [job["error"] for job in jobs.values()] == [0, 0]
     assert all(job["read"]["total_ios"] > 0 for job in jobs.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flags": REISSUE},
+        {"flags": REISSUE, "batch": False, "data": "copy", "nr_hw_queues": 2},
+        {"flags": uapi.UBLK_F_USER_RECOVERY},
+        {"flags": uapi.UBLK_F_USER_RECOVERY, "data": "copy", "queue_depth": 2},
+    ],
+    ids=["reissue", "reissue-no_batch-copy-q2", "fail_inflight", "fail_inflight-copy-d2"],
+)
+def test_server_that_leaves_under_load_loses_nothing_and_shows_no_error(
+    verifying_load, apart, backing_file, control, features, raises_errno, wait_until, options
+) -> None:
+    """With QUIESCE_DEV, a device with BATCH_IO failed what came before the next server."""
+    dev = apart(backing_file(DEV_BYTES), **options)
+    may_quiesce = options["flags"] == uapi.UBLK_F_USER_RECOVERY
+    flags = control.get_dev_info(dev.dev_id).flags
+    assert flags & uapi.UBLK_F_QUIESCE == (features & uapi.UBLK_F_QUIESCE if may_quiesce else 0)
+    if may_quiesce and not flags & uapi.UBLK_F_QUIESCE:
+        with raises_errno(errno.EOPNOTSUPP):  # nothing would keep requests back
+            dev.hand_over()
+        return
+    load = verifying_load(dev.block_path)
+    for _ in range(4):
+        before = nr_written(dev.dev_id)
+        wait_until(lambda before=before: nr_written(dev.dev_id) > before + 20, timeout_s=30)
+        assert dev.hand_over()
+        dev.recover()
+    before = nr_written(dev.dev_id)
+    wait_until(lambda: nr_written(dev.dev_id) > before + 100, timeout_s=30)
+    assert [job["error"] for job in load.end().values()] == [0, 0]
+
+
+def test_device_that_quiesce_dev_left_without_a_word_to_its_server_is_upgraded(
+    suspendable, apart, control, features, run, raises_errno, wait_until
+) -> None:
+    """With every tag in flight nobody tells the server, and the device would wait for ever."""
+    dev = apart(suspendable, queue_depth=1, flags=uapi.UBLK_F_USER_RECOVERY)
+    if not features & uapi.UBLK_F_QUIESCE:
+        with raises_errno(errno.EOPNOTSUPP):
+            control.quiesce_dev(dev.dev_id, 100)
+        return
+    write = ["dd", "if=/dev/zero", f"of={dev.block_path}", "oflag=direct", "bs=4096", "count=1"]
+    inflight = Path(f"/sys/block/ublkb{dev.dev_id}/inflight")
+    run("dmsetup", "suspend", "--noflush", "--nolockfs", suspendable)
+    try:
+        writer = subprocess.Popen(write, stderr=subprocess.DEVNULL)
+        wait_until(lambda: inflight.read_text().split()[1] != "0")
+        with contextlib.suppress(DriverError):  # EBUSY, or nothing: see the driver's version
+            control.quiesce_dev(dev.dev_id, 100)
+    finally:
+        run("dmsetup", "resume", suspendable)
+    assert writer.wait(30) == 0
+    waiter = subprocess.Popen(write, stderr=subprocess.DEVNULL)
+    stat = Path(f"/proc/{waiter.pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "D")
+    assert dev.state() == uapi.UBLK_S_DEV_LIVE
+    assert dev.hand_over()
+    assert waiter.poll() is None
+    dev.recover()
+    assert waiter.wait(30) == 0
 
 
 def test_server_that_was_stopped_for_a_while_goes_on(

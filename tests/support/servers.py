@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 
-from ublk_loop import manage
+from ublk_loop import handover, manage
 from ublk_loop.control import Control
 from ublk_loop.launch import launch
 from ublk_loop.server import Request
@@ -51,6 +51,15 @@ class Apart:
         """Kill the server, and wait until there is none."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
+
+    def hand_over(self) -> bool:
+        """Have the server leave the device, as ``ublk upgrade`` does; False: it was killed.
+
+        :raises DaemonError: EOPNOTSUPP (requests would fail): it serves on.
+        """
+        left = handover.take_from_server(handover.upgradable(self.dev_id))
+        os.waitpid(self.pid, 0)
+        return left
 
     def state(self) -> int:
         """The device's UBLK_S_DEV_*."""

@@ -175,6 +175,7 @@ void ul_hctx_destroy(struct ul_hctx *h)
 {
 	if (!h)
 		return;
+	ul_hctx_unprepare(h);
 	munmap(h->arena, h->arena_bytes);
 	free(h->requests);
 	ul_batch_exit(&h->batch);
@@ -385,10 +386,21 @@ static void hctx_set_buffer(struct ul_hctx *h, struct ul_request *req,
 	req->buffer = shared ? shared : hctx_buffer(h, req->tag);
 }
 
+/* Under load there is always a next request, and we would never be done.  With
+ * REISSUE the driver takes back what we have and did not commit, and gives it
+ * to the next server, which is the first to execute it. */
+static bool hctx_leaves_to_next(const struct ul_hctx *h)
+{
+	return h->thread->leaving &&
+	       h->config.dev_flags & UBLK_F_USER_RECOVERY_REISSUE;
+}
+
 static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 {
 	const struct ublksrv_io_desc *desc = &h->descs[req->tag];
 
+	if (hctx_leaves_to_next(h))
+		return;
 	req->op = ublk_io_desc_op(desc);
 	req->op_flags = ublk_io_desc_flags(desc);
 	req->nr_bytes = (uint64_t)desc->nr_sectors << 9;

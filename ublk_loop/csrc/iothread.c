@@ -20,7 +20,9 @@
  * the thread spins.  Every spin ends in sleep, so an idle device costs nothing.
  *
  * The run is over when the driver has ended every fetch of every hctx and
- * every request in flight was handed back, or on ul_iothread_stop().
+ * every request in flight was handed back.  After ul_iothread_stop() it is over
+ * as soon as nothing is in flight; what comes meanwhile is begun only if nobody
+ * would do it after us (hctx_leaves_to_next).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -76,6 +78,8 @@ void ul_iothread_destroy(struct ul_iothread *t)
 {
 	if (!t)
 		return;
+	if (t->ring_made)
+		io_uring_queue_exit(&t->ring.uring);
 	close(t->wake_fd);
 	free(t->hctxs);
 	free(t);
@@ -218,6 +222,7 @@ static void iothread_handle_wake(struct ul_iothread *t,
 
 	if (read(t->wake_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
 		ul_iothread_set_fault(t, -errno);
+	t->leaving = atomic_load(&t->stopping);
 	if (!(cqe->flags & IORING_CQE_F_MORE))
 		iothread_poll_wake_fd(t);
 }
@@ -413,7 +418,7 @@ static bool iothread_is_over(const struct ul_iothread *t)
 {
 	if (iothread_has_inflight(t))
 		return false;
-	if (t->fault || atomic_load(&t->stopping))
+	if (t->fault || t->leaving)
 		return true;
 	for (unsigned int i = 0; i < t->nr_hctxs; i++)
 		if (ul_hctx_fetches(t->hctxs[i]))
@@ -439,7 +444,12 @@ int ul_iothread_run(struct ul_iothread *t)
 			ul_hctx_end_round(t->hctxs[i]);
 	}
 	io_uring_submit(&t->ring.uring);	/* the last commits */
-	iothread_unprepare(t);
+	/* While this thread lives, the driver of v6.12 may lose requests that
+	 * it sends to a ring which is being closed: it aborts those it finds,
+	 * once, and waits for ever for what this thread is given after that.
+	 * A thread that exits is given none. */
+	if (!t->leaving)
+		iothread_unprepare(t);
 	return t->fault;
 }
 

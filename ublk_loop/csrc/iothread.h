@@ -31,6 +31,7 @@ struct ul_iothread {
 	int			spin_score;	/* R: see SPIN_SCORE_MAX */
 	bool			may_give_back;	/* R: buffers may have pages */
 	int			fault;		/* R: first unexpected result */
+	bool			leaving;	/* R: has seen `stopping` */
 	uint64_t		nr_batches;	/* R: see ul_hctx_stats */
 	uint64_t		nr_sleeps;	/* R */
 	_Atomic(struct ul_request *) done;	/* A: newest first */

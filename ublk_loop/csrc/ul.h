@@ -214,6 +214,8 @@ int ul_iothread_create(const struct ul_iothread_config *config,
 int ul_iothread_prepare(struct ul_iothread *thread);
 /* Serve until the driver aborted every tag or ul_iothread_stop(); then 0. */
 int ul_iothread_run(struct ul_iothread *thread);
+/* Any thread: have the run end once nothing is in flight, and the ring and its
+ * hold on ublkcN with destroy. */
 void ul_iothread_stop(struct ul_iothread *thread);
 /* After its hctxs. */
 void ul_iothread_destroy(struct ul_iothread *thread);

@@ -1,0 +1,91 @@
+"""The replacement of a living server by a new one, with the device in use: ``ublk upgrade``.
+
+In: a device of ours whose server lives. Out: the same device without one, ready to be recovered.
+Runs in the new server, before it opens the backing file, which the old one has locked. What waits
+has a deadline; a server that does not leave by then is killed, which is what recovery is for.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+
+from . import listing, state, uapi
+from .control import Control, DevInfo
+from .errors import DaemonError, DriverError
+from .process import ServerProcess
+from .server import LEAVE_SIGNAL
+from .state import DeviceState
+
+QUIESCE_TIMEOUT_MS = 2000
+LEAVE_TIMEOUT_S = 8.0
+KILL_TIMEOUT_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def upgradable(dev_id: int) -> DeviceState:
+    """Return the state of a device whose server can be replaced.
+
+    :raises DriverError: ENODEV.
+    :raises DaemonError: ENOENT (not a device of ours); EINVAL (it was not added with recovery);
+        EOPNOTSUPP (requests would fail).
+    """
+    what = f"upgrade dev {dev_id}"
+    with Control() as control:
+        info = control.get_dev_info(dev_id)
+    known = listing.state_of(info, state.read(dev_id))
+    if known is None:
+        raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
+    if not info.flags & uapi.UBLK_F_USER_RECOVERY:
+        raise DaemonError(errno.EINVAL, what, "it was added without recovery: see ublk add -h")
+    if not _loses_nothing(info):
+        hint = "requests would fail meanwhile: it was not added with --recovery reissue"
+        raise DaemonError(errno.EOPNOTSUPP, what, hint)
+    return known
+
+
+def take_from_server(known: DeviceState) -> bool:
+    """Have the device's server leave it; False if it had to be killed.
+
+    The server finishes what is in flight, unless it hangs. What comes meanwhile waits in the
+    driver, which issues anew what the server had no more begun. Where it may not do that
+    (``--recovery fail_inflight``) it keeps new requests back first, by QUIESCE_DEV. If this fails
+    for want of an idle tag the device is cancelling all the same, and only a recovery ends that.
+
+    :raises DaemonError: ESRCH (it has no server any more); ETIMEDOUT (it cannot be killed).
+    """
+    what = f"upgrade dev {known.dev_id}"
+    server = ServerProcess.find(known.server_pid, known.server_start_ticks)
+    if server is None:
+        raise DaemonError(errno.ESRCH, what, "its server is gone: see ublk recover")
+    with server:
+        if not known.options.flags & uapi.UBLK_F_USER_RECOVERY_REISSUE:
+            _quiesce(known.dev_id)
+        server.send(LEAVE_SIGNAL)
+        if server.wait(LEAVE_TIMEOUT_S):
+            return True
+        _log.warning("%s: server %d does not leave: it is killed", what, server.pid)
+        server.send(signal.SIGKILL)
+        if not server.wait(KILL_TIMEOUT_S):
+            raise DaemonError(errno.ETIMEDOUT, what, f"server {server.pid} does not end")
+    return False
+
+
+def _loses_nothing(info: DevInfo) -> bool:
+    # FAIL_IO would fail what comes while there is no server.
+    if info.flags & uapi.UBLK_F_USER_RECOVERY_FAIL_IO:
+        return False
+    return bool(info.flags & (uapi.UBLK_F_USER_RECOVERY_REISSUE | uapi.UBLK_F_QUIESCE))
+
+
+def _quiesce(dev_id: int) -> None:
+    try:
+        with Control() as control:
+            control.quiesce_dev(dev_id, QUIESCE_TIMEOUT_MS)
+    except DriverError as error:
+        _log.warning("%s", error)
+
+
+__all__ = ["take_from_server", "upgradable"]
