@@ -24,6 +24,8 @@ from .errors import DaemonError
 
 CONFIG_PATH = "/etc/ublk/ublk.toml"
 MAX_NR_BYTES = 1 << 20
+# Options that may be given more than once: a list.
+_REPEATABLE = {"shmem"}
 _NOT_HERE = frozenset(("number", "json", "foreground", "help", "config"))
 
 
@@ -93,13 +95,17 @@ def _words(name: str, table: Any) -> tuple[str, ...]:
         raise ValueError(f"{where} is not a table")
     words = ["-n", name]
     for key, value in table.items():
-        words += _option(where, key, value)
+        is_list = key in _REPEATABLE and isinstance(value, list)
+        for one in value if is_list else [value]:
+            words += _option(where, key, one)
     try:
         cli.check_add(words)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if not os.path.isabs(table.get("file", "/")):
-        raise ValueError(f"{where}: file is not an absolute path")
+    paths = table.get("shmem", [])
+    for path in [table.get("file", "/"), *(paths if isinstance(paths, list) else [paths])]:
+        if not os.path.isabs(path):
+            raise ValueError(f"{where}: {path} is not an absolute path")
     return tuple(words)
 
 

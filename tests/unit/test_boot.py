@@ -22,13 +22,14 @@ def test_tables_are_read_as_the_words_of_ublk_add() -> None:
     direct_io = true
     read_only = false
     size = "1G"
+    shmem = ["/dev/shm/a", "/dev/shm/b"]
     [device.12]
     type = "null"
     """
     assert boot.parse(text.encode()) == {
         0: (
             *("-n", "0", "--type=loop", "--file=/srv/disk.img", "--queues=2", "--direct_io"),
-            "--size=1G",
+            *("--size=1G", "--shmem=/dev/shm/a", "--shmem=/dev/shm/b"),
         ),
         12: ("-n", "12", "--type=null"),
     }
@@ -54,6 +55,8 @@ def test_tables_are_read_as_the_words_of_ublk_add() -> None:
         ("[device.0]\ntype = 'null'\nqueues = [2]", "queues is neither"),
         ("[device.0]\ntype = 'null'\nqueues = 1.5", "queues is neither"),
         ("[device.0]\ntype = 'loop'\nfile = 'd.img'", "not an absolute path"),
+        ("[device.0]\ntype = 'loop'\nfile = '/d'\nshmem = ['a']", "a is not an absolute path"),
+        ("[device.0]\ntype = 'loop'\nfile = '/d'\nshmem = [['a']]", "shmem is neither"),
         ("[device.0]\ntype = 'ram'", "device.0: -t ram needs --size"),
     ],
 )
