@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -36,6 +37,7 @@ _AnyCommand = TypeVar("_AnyCommand", bound=Callable[..., Any])
 NULL_NR_BYTES = 250 << 30  # as the reference server's null device
 PAGE_BYTES = 4096
 DEADLINE_S = 60
+RELOAD_TIMEOUT_S = 60.0
 SIZE_SUFFIXES = "KMGTPE"
 _CONTEXT: dict[str, Any] = {
     # --user_recovery is how the reference server spells it; --user-recovery does as well.
@@ -384,6 +386,29 @@ def serve_recovery(dev_id: int, *, as_json: bool = False, two_lines: bool = Fals
     return serve
 
 
+def serve_upgrade(dev_id: int) -> Serve:
+    """Return what a server runs that the daemon forks to replace a living one."""
+    from . import handover, server
+
+    def serve(on_added: OnAdded, on_live: OnLive) -> None:
+        known = handover.upgradable(dev_id)
+        began = time.monotonic()
+        was_killed = not handover.take_from_server(known)
+
+        def describe(info: DevInfo, _: Params, now: DeviceState) -> dict[str, Any]:
+            return {
+                "pause_ms": round((time.monotonic() - began) * 1000),
+                "was_killed": was_killed,
+                "old_server_pid": known.server_pid,
+                "server_pid": now.server_pid,
+            }
+
+        request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
+        server.serve(request, describe, on_added, on_live)
+
+    return serve
+
+
 def _request(given: dict[str, Any], *, cwd: str | None = None, supervised: bool = False) -> Request:
     from . import server
 
@@ -551,8 +576,7 @@ def delete(
       ublk del -n 0 --lazy
       ublk del -a --force
     """
-    if everything == (dev_id is not None):
-        raise click.UsageError("say -n DEV_ID, or -a for every device")
+    _check_n_or_a(dev_id, everything)
     if lazy and force and _came_from_command_line("force"):
         raise click.UsageError("--lazy and --force exclude each other")
     from .control import list_dev_ids
@@ -561,8 +585,7 @@ def delete(
     done = [_delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
     if as_json:
         click.echo(json.dumps(done, indent=2))
-    if any(one["error"] for one in done):
-        sys.exit(1)
+    _exit_if_failed(done)
 
 
 def _came_from_command_line(name: str) -> bool:
@@ -649,31 +672,136 @@ def _known_device(control: Control, dev_id: int) -> tuple[DevInfo, Params, Devic
     return info, params, known
 
 
-# ---- recover ----
+# ---- recover, upgrade ----
 
 
-@cli.command(short_help="Serve again a device whose server died.")
-@number_option(required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
-def recover(dev_id: int, as_json: bool) -> None:
-    """Serve again a device that was added with -r, -i or -e and whose server died.
+@cli.command(short_help="Serve again devices whose servers died.")
+@number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Every device that waits for one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the device, or a list, as JSON.")
+def recover(dev_id: int | None, everything: bool, as_json: bool) -> None:
+    """Serve again a device that was added with recovery and whose server died.
+
+    With -a, devices that another program has left without a server are named, not touched.
 
     \b
-    Example:
+    Examples:
       ublk recover -n 0
+      ublk recover -a
     """
-    from . import launch
+    _check_n_or_a(dev_id, everything)
+    if dev_id is not None:
+        click.echo(_recover_one(dev_id, as_json), nl=False)
+        return
+    from . import manage
+
+    waiting, orphans = manage.waiting()
+    done = [_tried(each, partial(_recover_one, each, as_json)) for each in waiting]
+    for each in orphans:
+        hint = "its server is gone, but ublk_loop did not add it: recover it by what did"
+        click.echo(f"ublk: dev {each}: {hint}, or ublk del -n {each}", err=True)
+    if as_json:
+        documents = [
+            {**one, "done": json.loads(one["done"]) if one["done"] else None} for one in done
+        ]
+        click.echo(json.dumps({"recovered": documents, "orphans": orphans}, indent=2))
+    else:
+        click.echo("".join(one["done"] for one in done if one["done"]), nl=False)
+    _exit_if_failed(done)
+
+
+def _recover_one(dev_id: int, as_json: bool) -> str:
+    from . import launch, manage, server
 
     reply = _ask(protocol.Recover(dev_id, as_json, client.two_lines()))
     if reply is not None:
-        click.echo(reply.out, nl=False)
-        return
-    from . import manage, server
-
+        return reply.out
     known = manage.recoverable(dev_id)
     request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
     describe = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
-    click.echo(launch.launch(request, describe), nl=False)
+    text: str = launch.launch(request, describe)
+    return text
+
+
+@cli.command(short_help="Replace servers by those of the installed version, without a stop.")
+@number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Every device of ublk_loop.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of what was done.")
+def upgrade(dev_id: int | None, everything: bool, as_json: bool) -> None:
+    """Replace the server of a device, which may be in use, by one of what is installed now.
+
+    Requests wait meanwhile and none fails. Prints for how long. The daemon is replaced too.
+
+    \b
+    Examples:
+      ublk upgrade -n 0
+      ublk upgrade -a
+    """
+    _check_n_or_a(dev_id, everything)
+    from . import manage
+
+    by_daemon = _reload_daemon()
+    dev_ids = manage.served() if dev_id is None else [dev_id]
+    done = [_tried(each, partial(_upgrade_one, each, by_daemon)) for each in dev_ids]
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+    else:
+        for one in done:
+            if one["done"]:
+                click.echo(_upgrade_text(one["dev_id"], one["done"]))
+    _exit_if_failed(done)
+
+
+def _upgrade_one(dev_id: int, by_daemon: bool) -> Any:
+    from . import launch
+
+    if by_daemon:
+        reply = _ask(protocol.Upgrade(dev_id))
+        if reply is None:
+            raise DaemonError(errno.ESRCH, f"upgrade dev {dev_id}", "the daemon went away")
+        return reply.document
+    return launch.launch_server(f"upgrade dev {dev_id}", serve_upgrade(dev_id), is_recovery=True)
+
+
+def _upgrade_text(dev_id: int, done: dict[str, Any]) -> str:
+    pids = f"daemon pid {done['old_server_pid']} -> {done['server_pid']}"
+    killed = ", killed: it did not leave" if done["was_killed"] else ""
+    return f"dev id {dev_id}: {pids}, pause {done['pause_ms']} ms{killed}"
+
+
+def _reload_daemon() -> bool:
+    # True once a daemon runs what is installed now.
+    if not client.is_wanted() or os.geteuid() != 0:
+        return False
+    deadline = time.monotonic() + RELOAD_TIMEOUT_S
+    while True:
+        reply = _ask(protocol.Reload(sys.executable))
+        if reply is None:
+            return False
+        if reply.document and reply.document["reloads"]:
+            return True
+        if time.monotonic() >= deadline:
+            raise DaemonError(errno.EBUSY, "daemon", "a device is being added or recovered")
+        time.sleep(0.1)
+
+
+def _check_n_or_a(dev_id: int | None, everything: bool) -> None:
+    if everything == (dev_id is not None):
+        raise click.UsageError("say -n DEV_ID, or -a for every device")
+
+
+def _tried(dev_id: int, function: Callable[[], Any]) -> dict[str, Any]:
+    # What it returned, or its error, which is printed.
+    try:
+        return {"dev_id": dev_id, "done": function(), "error": None}
+    except UblkLoopError as error:
+        click.echo(f"ublk: {error}", err=True)
+        return {"dev_id": dev_id, "done": None, "error": str(error)}
+
+
+def _exit_if_failed(done: list[dict[str, Any]]) -> None:
+    if any(one["error"] for one in done):
+        sys.exit(1)
 
 
 # ---- the daemon ----
@@ -692,7 +820,8 @@ def recover(dev_id: int, as_json: bool) -> None:
     help="The devices to add first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --status: as JSON.")
-def daemon(detach: bool, command: str | None, config: str, as_json: bool) -> None:
+@click.option("--reloaded", is_flag=True, hidden=True)
+def daemon(detach: bool, command: str | None, config: str, as_json: bool, reloaded: bool) -> None:
     """Start servers for ublk add, and replace those that die.
 
     ublk add starts it when none runs. Ending or killing it touches no device.
@@ -706,7 +835,7 @@ def daemon(detach: bool, command: str | None, config: str, as_json: bool) -> Non
     if command is None:
         from . import daemon as daemon_module
 
-        daemon_module.main(os.path.abspath(config), detach=detach)
+        daemon_module.main(os.path.abspath(config), detach=detach, reloaded=reloaded)
         return
     reply = _ask(protocol.Stop() if command == "stop" else protocol.Status())
     if reply is None:
@@ -742,8 +871,7 @@ def _ask(request: protocol.Request) -> protocol.Reply | None:
     if reply.exit_code == protocol.EXIT_DO_IT_YOURSELF:
         return None
     if reply.exit_code:
-        click.echo(reply.err, err=True, nl=False)
-        sys.exit(reply.exit_code)
+        raise protocol.Refused(reply.err)
     return reply
 
 

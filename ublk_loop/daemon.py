@@ -45,15 +45,18 @@ class Daemon:
     """Serves requests on ``listener`` until it is stopped; the devices live on.
 
     :param config_path: the devices to add first.
+    :param boots: whether to add them.
     """
 
-    def __init__(self, listener: socket.socket, config_path: str) -> None:
+    def __init__(self, listener: socket.socket, config_path: str, boots: bool) -> None:
         self.loop = events.Loop()
         self._listener = listener
         self._config_path = config_path
+        self._boots = boots
         self._devices: dict[int, Supervised] = {}
         self._sessions: set[_Session] = set()
         self._nr_booting = 0
+        self.nr_adding = 0
 
     def run(self) -> None:
         """Find the devices, add those of the configuration, and serve requests until stopped."""
@@ -89,7 +92,7 @@ class Daemon:
 
     def _boot(self) -> None:
         try:
-            devices = boot.read(self._config_path)
+            devices = boot.read(self._config_path) if self._boots else {}
         except UblkLoopError as error:
             _log.error("%s", error)
             devices = {}
@@ -131,6 +134,10 @@ class Daemon:
             session.on_hang_up = adding.abandon
         elif isinstance(request, protocol.Recover):
             self._recover(request, session)
+        elif isinstance(request, protocol.Upgrade):
+            self._upgrade(request, session)
+        elif isinstance(request, protocol.Reload):
+            self._reload(request, session)
         elif isinstance(request, protocol.Status):
             session.reply(Reply(document=self._status()))
         else:
@@ -143,6 +150,36 @@ class Daemon:
 
         how = {"as_json": request.as_json, "two_lines": request.two_lines}
         self._supervised(request.dev_id).recover(done, **how)
+
+    def _upgrade(self, request: protocol.Upgrade, session: _Session) -> None:
+        def done(live: Any, error: Exception | None) -> None:
+            session.reply(Reply(document=live) if error is None else _refusal(error))
+
+        device = self._devices.get(request.dev_id)
+        if device is None:
+            what = f"upgrade dev {request.dev_id}"
+            done(None, DaemonError(errno.ENOENT, what, "the daemon serves no such device"))
+            return
+        device.upgrade(done, cli.serve_upgrade(request.dev_id))
+
+    def _reload(self, request: protocol.Reload, session: _Session) -> None:
+        is_busy = any(device.phase != "SERVED" for device in self._devices.values())
+        reloads = not is_busy and not self.nr_adding
+        session.reply(Reply(document={"reloads": reloads}))
+        if reloads:
+            self._execute(request.executable)
+
+    def _execute(self, executable: str) -> None:
+        # The same process, so the servers remain its children, and systemd sees nothing. Clients
+        # that come meanwhile wait in the socket's queue.
+        _log.info("daemon executes %s", executable)
+        environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+        if log.says_priorities():
+            environment["JOURNAL_STREAM"] = "1"
+        words = ["-m", "ublk_loop", "daemon", "--reloaded", "--config", self._config_path]
+        os.dup2(self._listener.fileno(), systemd.FIRST_FD)
+        os.set_inheritable(systemd.FIRST_FD, True)  # which dup2() does not, if it is that already
+        os.execve(executable, [executable, *words], environment)
 
     def added(self, dev_id: int, server: process.ServerProcess) -> None:
         """Take over a server that was just started."""
@@ -172,8 +209,9 @@ class Adding:
         self, daemon: Daemon, request: protocol.Add, done: Callable[[Reply], None]
     ) -> None:
         self._daemon = daemon
+        self._daemon.nr_adding += 1
         self._loop = daemon.loop
-        self._done = done
+        self._reply = done
         self._two_lines = request.two_lines
         self._is_abandoned = False
         self._launch: Launch | None = None
@@ -187,6 +225,10 @@ class Adding:
         self._is_abandoned = True
         if self._launch is not None:
             self._fail(self._launch, DaemonError(errno.EINTR, "add"))
+
+    def _done(self, reply: Reply) -> None:
+        self._daemon.nr_adding -= 1
+        self._reply(reply)
 
     def _read(self) -> None:
         data = os.read(self._answer_fd, 65536)
@@ -214,12 +256,11 @@ class Adding:
         launch = self._launch
         assert launch is not None
         try:
-            if not launch.read() and not launch.is_live:
-                raise launch.died()
+            is_live = launch.hear()
         except (OSError, ValueError) as error:
             self._fail(launch, error)
             return
-        if launch.is_live:
+        if is_live:
             self._close(launch)
             self._daemon.added(launch.dev_id, launch.process)
             _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
@@ -388,9 +429,11 @@ def _dev_ids() -> list[int]:
 # ---- the start of the process ----
 
 
-def main(config_path: str, *, detach: bool = False) -> None:
+def main(config_path: str, *, detach: bool = False, reloaded: bool = False) -> None:
     """Be the daemon, or start it in the background and return once it listens.
 
+    :param reloaded: this process was the daemon before: the devices of its configuration that are
+        no more were deleted since.
     :raises DaemonError: EBUSY if one runs; what the folder or the socket said.
     """
     state.make_state_dir()
@@ -399,7 +442,7 @@ def main(config_path: str, *, detach: bool = False) -> None:
         log.to_stderr()
         if os.environ.get("JOURNAL_STREAM"):
             log.say_priorities()
-        _run(config_path, lock_fd)
+        _run(config_path, lock_fd, boots=not reloaded)
         return
     ready_fd, child_fd = os.pipe2(os.O_CLOEXEC)
     child = process.fork(lambda: _detached(config_path, child_fd))
@@ -428,7 +471,7 @@ def _detached(config_path: str, ready_fd: int) -> int:
     except UblkLoopError as error:
         os.write(3, protocol.pack_report(**protocol.pack_error(error)))
         return 1
-    _run(config_path, lock_fd, lambda: _say_ready(3))
+    _run(config_path, lock_fd, on_listening=lambda: _say_ready(3))
     return 0
 
 
@@ -438,7 +481,13 @@ def _say_ready(fd: int) -> None:
     os.close(fd)
 
 
-def _run(config_path: str, lock_fd: int, on_listening: Callable[[], None] = lambda: None) -> None:
+def _run(
+    config_path: str,
+    lock_fd: int,
+    *,
+    boots: bool = True,
+    on_listening: Callable[[], None] = lambda: None,
+) -> None:
     os.chdir("/")
     os.umask(0o077)
     listener = _listen()
@@ -448,7 +497,7 @@ def _run(config_path: str, lock_fd: int, on_listening: Callable[[], None] = lamb
     process.protect_from_reclaim()
     _preload()
     _log.info("daemon runs, pid %d", os.getpid())
-    Daemon(listener, config_path).run()
+    Daemon(listener, config_path, boots).run()
     os.close(lock_fd)
 
 
@@ -487,7 +536,7 @@ def _preload() -> None:
     import ctypes
     import faulthandler  # noqa: F401
 
-    from . import control, device, manage, target, workqueue  # noqa: F401
+    from . import control, device, handover, manage, target, workqueue  # noqa: F401
 
     ctypes.CDLL(None)
     gc.collect()

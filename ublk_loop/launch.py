@@ -64,10 +64,10 @@ class Launch:
         """The device's number, once it exists; -1 before."""
         return self._added.get("dev_id", -1)
 
-    def read(self) -> bool:
-        """Take what the server has reported, once ``report_fd`` is readable; False: it has ended.
+    def hear(self) -> bool:
+        """Take what the server has reported, once ``report_fd`` is readable; True: it is live.
 
-        :raises UblkLoopError: what stopped the server.
+        :raises UblkLoopError: what stopped the server; ESRCH if it ended without a word.
         :raises ValueError: arguments that the server found bad, before anything changed.
         """
         data = os.read(self.report_fd, 65536)
@@ -80,10 +80,12 @@ class Launch:
                 self.live, self.is_live = report["live"], True
             elif "error" in report:
                 raise protocol.unpack_error(report["error"])
-        return bool(data)
+        if not data and not self.is_live:
+            raise self._died()
+        return self.is_live
 
-    def died(self) -> DaemonError:
-        """Return what became of a server that ended without a report."""
+    def _died(self) -> DaemonError:
+        # What became of a server that ended without a report.
         self.reap(5)
         status = self._status
         if status is None:
@@ -144,21 +146,31 @@ def launch(
 ) -> Any:
     """Fork a server, wait until its device is live and return what ``describe`` said of it.
 
-    ``describe`` runs in the server. If this raises, no device, process or state file is left (of a
+    ``describe`` runs in the server. Raises what :func:`launch_server` does.
+    """
+
+    def serve(on_added: server.OnAdded, on_live: server.OnLive) -> None:
+        server.serve(request, describe, on_added, on_live)
+
+    return launch_server(request.what, serve, is_recovery=request.recover, timeout_s=timeout_s)
+
+
+def launch_server(
+    what: str, serve: server.Serve, *, is_recovery: bool, timeout_s: float = LAUNCH_TIMEOUT_S
+) -> Any:
+    """Fork a server that runs ``serve``, wait until its device is live and return what it reported.
+
+    If this raises, no device, process or state file is left (of a
     recovery: the device waits for the next one).
 
     :raises UblkLoopError: what stopped the server.
     :raises ValueError: arguments that the server found bad, before anything changed.
     :raises DaemonError: ESRCH if the server died, with its last words; ETIMEDOUT.
     """
-
-    def serve(on_added: server.OnAdded, on_live: server.OnLive) -> None:
-        server.serve(request, describe, on_added, on_live)
-
     # Until somebody waits for the server, an interrupt would leave it behind.
     before = hold_signals()
     try:
-        launched = Launch.fork(request.what, serve, is_recovery=request.recover)
+        launched = Launch.fork(what, serve, is_recovery=is_recovery)
     except BaseException:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise
@@ -181,8 +193,7 @@ def _wait_live(launched: Launch, deadline: float) -> None:
         left_s = deadline - time.monotonic()
         if left_s <= 0 or not poller.poll(left_s * 1000):
             raise launched.timed_out()
-        if not launched.read() and not launched.is_live:
-            raise launched.died()
+        launched.hear()
 
 
 def forget_device(dev_id: int, sysfs_ino: int) -> None:
@@ -198,4 +209,4 @@ def forget_device(dev_id: int, sysfs_ino: int) -> None:
     state.remove(dev_id)
 
 
-__all__ = ["LAUNCH_TIMEOUT_S", "Launch", "forget_device", "launch"]
+__all__ = ["LAUNCH_TIMEOUT_S", "Launch", "forget_device", "launch", "launch_server"]

@@ -56,6 +56,11 @@ def say_priorities() -> None:
     logging.root.handlers[0].setFormatter(_JournalFormatter())
 
 
+def says_priorities() -> bool:
+    """Whether each line begins with its priority."""
+    return isinstance(logging.root.handlers[0].formatter, _JournalFormatter)
+
+
 class _JournalFormatter(logging.Formatter):
     """Begins a line with its syslog priority, as the journal takes it."""
 

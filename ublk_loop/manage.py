@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from . import holders, listing, state, uapi
-from .control import Control, DevInfo, block_path
+from .control import Control, DevInfo, block_path, list_dev_ids
 from .errors import BusyError, DaemonError, DriverError
 from .holders import Holder
 from .process import ServerProcess
@@ -175,6 +175,36 @@ class _Server:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.close()
+
+
+def served() -> list[int]:
+    """Return the devices of ours that are live."""
+    return [
+        info.dev_id for info in _infos() if info.state == uapi.UBLK_S_DEV_LIVE and _is_ours(info)
+    ]
+
+
+def waiting() -> tuple[list[int], list[int]]:
+    """Return the devices that wait for a new server: ours, and those of other programs."""
+    without = (uapi.UBLK_S_DEV_QUIESCED, uapi.UBLK_S_DEV_FAIL_IO)
+    infos = [info for info in _infos() if info.state in without]
+    ours = [info.dev_id for info in infos if _is_ours(info)]
+    return ours, [info.dev_id for info in infos if info.dev_id not in ours]
+
+
+def _infos() -> Iterator[DevInfo]:
+    with Control() as control:
+        for dev_id in list_dev_ids():
+            # Deleted since, or another user's.
+            with contextlib.suppress(DriverError):
+                yield control.get_dev_info(dev_id)
+
+
+def _is_ours(info: DevInfo) -> bool:
+    try:
+        return listing.state_of(info, state.read(info.dev_id)) is not None
+    except DaemonError:
+        return True  # whoever goes on with it hears what is wrong with its state file
 
 
 def recoverable(dev_id: int) -> DeviceState:

@@ -1,6 +1,6 @@
 """The messages between the CLI and the daemon, and between a server and who started it.
 
-    CLI -> daemon     one request a connection: Add, Recover, Status, Stop
+    CLI -> daemon     one request a connection: Add, Recover, Upgrade, Reload, Status, Stop
     daemon -> CLI     one Reply
     server -> parent  reports, until the device is live: added, then live or error
 
@@ -44,6 +44,19 @@ class UsageRefused(ValueError):
     """Words that the command does not take; the text is complete, with the usage."""
 
 
+class Refused(DaemonError):
+    """What the daemon did not do; the text is complete."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.EREMOTEIO, "daemon", text)
+
+    def __str__(self) -> str:
+        return self.hint.strip().removeprefix("ublk: ")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.hint,)
+
+
 @dataclass(frozen=True)
 class Add:
     """Add a device: the words behind ``ublk add``, and what else they depend on."""
@@ -63,6 +76,23 @@ class Recover:
 
 
 @dataclass(frozen=True)
+class Upgrade:
+    """Replace the server of a device by one of the daemon's present code."""
+
+    dev_id: int
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Execute the daemon anew, by another Python: that of what is installed now.
+
+    The reply's document says whether it ``reloads``: not while a device is on its way.
+    """
+
+    executable: str
+
+
+@dataclass(frozen=True)
 class Status:
     """Tell of the daemon and its devices."""
 
@@ -72,10 +102,12 @@ class Stop:
     """End the daemon; the devices are served on."""
 
 
-Request: TypeAlias = "Add | Recover | Status | Stop"
+Request: TypeAlias = "Add | Recover | Upgrade | Reload | Status | Stop"
 _COMMANDS: dict[str, type[Request]] = {
     "add": Add,
     "recover": Recover,
+    "upgrade": Upgrade,
+    "reload": Reload,
     "status": Status,
     "stop": Stop,
 }
@@ -116,13 +148,17 @@ def parse_request(line: bytes) -> Request:
         raise ValueError("command is none of " + ", ".join(_COMMANDS))
     fields = Fields(f"command {name}", document, *kind.__dataclass_fields__)
     if kind is Add:
-        return Add(_parse_words(fields), _parse_cwd(fields), fields.boolean("two_lines"))
+        return Add(_parse_words(fields), _parse_path(fields, "cwd"), fields.boolean("two_lines"))
     if kind is Recover:
         return Recover(
             fields.integer("dev_id", 0, MAX_DEV_ID),
             fields.boolean("as_json"),
             fields.boolean("two_lines"),
         )
+    if kind is Upgrade:
+        return Upgrade(fields.integer("dev_id", 0, MAX_DEV_ID))
+    if kind is Reload:
+        return Reload(_parse_path(fields, "executable"))
     return Stop() if kind is Stop else Status()
 
 
@@ -139,11 +175,11 @@ def _parse_word(word: JsonValue) -> str:
     return word
 
 
-def _parse_cwd(fields: Fields) -> str:
-    cwd = _parse_word(fields.text("cwd"))
-    if not cwd.startswith("/"):
-        raise ValueError("cwd is not absolute")
-    return cwd
+def _parse_path(fields: Fields, name: str) -> str:
+    path = _parse_word(fields.text(name))
+    if not path.startswith("/"):
+        raise ValueError(f"{name} is not absolute")
+    return path
 
 
 def pack_reply(reply: Reply) -> bytes:

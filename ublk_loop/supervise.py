@@ -3,6 +3,7 @@
     SERVED      its server runs, watched by pidfd
     WAITING     its server died; the next attempt to replace it is due
     RECOVERING  a new server is on its way
+    UPGRADING   so it is, and it takes the device from the one that still serves it
     ENDING      the deadline has passed: a process of its own stops and deletes the device
 
 In: the pidfd, reports and timers of the daemon's loop, and the state file, which says what is
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import listing, state
+from . import listing, server, state
 from .errors import DaemonError
 from .events import Loop, Timer
 from .launch import Launch, forget_device
@@ -98,9 +99,9 @@ class Supervised:
         if known is None:
             self._end()
             return
-        server = ServerProcess.find(known.server_pid, known.server_start_ticks)
-        if server is not None:
-            self.watch(server)
+        process = ServerProcess.find(known.server_pid, known.server_start_ticks)
+        if process is not None:
+            self.watch(process)
         elif listing.sysfs_ino(self.dev_id) != known.sysfs_ino:
             state.remove(self.dev_id)
             self._end()
@@ -112,17 +113,33 @@ class Supervised:
 
     def recover(self, done: Done, **how: Any) -> None:
         """Start a new server at once, for somebody who waits for it; or wait for one under way."""
+        text = {
+            "SERVED": f"its server (pid {self.server_pid}) is alive",
+            "ENDING": "its time for recovery was over: it is being deleted",
+            "UPGRADING": "it is being upgraded",
+        }.get(self.phase)
+        if text is not None:
+            done(None, DaemonError(errno.EBUSY, f"recover dev {self.dev_id}", text))
+            return
         self._waiting.append(done)
         if self.phase == "RECOVERING":
             return
-        if self.phase in ("SERVED", "ENDING"):
-            text = f"its server (pid {self.server_pid}) is alive"
-            if self.phase == "ENDING":
-                text = "its time for recovery was over: it is being deleted"
-            self._answer(None, DaemonError(errno.EBUSY, f"recover dev {self.dev_id}", text))
-            return
         self._cancel_timer()
         self._attempt(time.monotonic() + BY_HAND_TIMEOUT_S, **how)
+
+    def upgrade(self, done: Done, serve: server.Serve) -> None:
+        """Replace the living server by one that runs ``serve``, which takes the device from it."""
+        what = f"upgrade dev {self.dev_id}"
+        if self._process is None:
+            done(None, DaemonError(errno.EBUSY, what, "it has no server now: try again"))
+            return
+        self._waiting.append(done)
+        # Its end is the new server's doing. If it is alive after a failure, look() finds it.
+        old, self._process = self._process, None
+        self._loop.watch(old.fileno(), lambda: let_go(self._loop, old))
+        self._cancel_timer()
+        self.phase = "UPGRADING"
+        self._start(time.monotonic() + BY_HAND_TIMEOUT_S, what, serve)
 
     # ---- a server ends ----
 
@@ -161,8 +178,10 @@ class Supervised:
 
     def _attempt(self, deadline: float, **how: Any) -> None:
         self.phase = "RECOVERING"
-        what = f"recover dev {self.dev_id}"
-        self._launch = Launch.fork(what, self._serve(self.dev_id, **how), is_recovery=True)
+        self._start(deadline, f"recover dev {self.dev_id}", self._serve(self.dev_id, **how))
+
+    def _start(self, deadline: float, what: str, serve: server.Serve) -> None:
+        self._launch = Launch.fork(what, serve, is_recovery=True)
         self._loop.watch(self._launch.report_fd, self._reported)
         self._timer = self._loop.call_later(deadline - time.monotonic(), self._attempt_timed_out)
 
@@ -170,22 +189,27 @@ class Supervised:
         launch = self._launch
         assert launch is not None
         try:
-            if not launch.read() and not launch.is_live:
-                raise launch.died()
+            is_live = launch.hear()
         except (OSError, ValueError) as error:
             self._attempt_failed(error)
             return
-        if not launch.is_live:
+        if not is_live:
             return
         self._end_launch()
+        if self.phase == "UPGRADING":
+            _log.info("dev %d: upgraded, pid %d serves it", self.dev_id, launch.process.pid)
+        else:
+            self._count_recovery(launch.process.pid)
+        self._timer = self._loop.call_later(STABLE_S, self._end_trouble)
+        self.watch(launch.process)
+        self._answer(launch.live, None)
+
+    def _count_recovery(self, pid: int) -> None:
         self.nr_recoveries += 1
         since = self._trouble.since if self._trouble else time.monotonic()
         waited_ms = (time.monotonic() - since) * 1000
         text = "dev %d: pid %d serves it now, %.0f ms after its server died"
-        _log.warning(text, self.dev_id, launch.process.pid, waited_ms)
-        self._timer = self._loop.call_later(STABLE_S, self._end_trouble)
-        self.watch(launch.process)
-        self._answer(launch.live, None)
+        _log.warning(text, self.dev_id, pid, waited_ms)
 
     def _attempt_timed_out(self) -> None:
         assert self._launch is not None

@@ -140,6 +140,30 @@ def test_device_added_with_r_waits_for_recover_by_hand(
     assert (none["exit_code"], none["out"]) == (1, "")
 
 
+def test_recover_all_serves_ours_again_and_names_those_of_others(
+    daemon: Daemon, ublk: Any, control: Control, wait_until: WaitUntil
+) -> None:
+    added = [daemon.add("-t null -r 1") for _ in range(3)]
+    for each in added:
+        os.kill(each["server_pid"], signal.SIGKILL)
+    dev_ids = [each["dev_id"] for each in added]
+    for dev_id in dev_ids:
+        wait_until(lambda n=dev_id: daemon.device(n) is None, timeout_s=30)  # type: ignore[misc]
+        wait_until(
+            lambda n=dev_id: control.get_dev_info(n).state == uapi.UBLK_S_DEV_QUIESCED,  # type: ignore[misc]
+            timeout_s=30,
+        )
+    state.remove(dev_ids[2])  # as if another program had added it
+    shown = ublk("recover", "-a", "--json")
+    assert shown.returncode == 0
+    document = json.loads(shown.stdout)
+    found = [(one["dev_id"], one["done"]["state"]) for one in document["recovered"]]
+    assert found == [(dev_ids[0], "LIVE"), (dev_ids[1], "LIVE")]
+    assert document["orphans"] == [dev_ids[2]]
+    assert shown.stderr.startswith(f"ublk: dev {dev_ids[2]}: its server is gone, ")
+    assert shown.stderr.count("\n") == 1
+
+
 def test_write_of_a_killed_server_does_not_land_after_that_of_the_next(
     daemon: Daemon,
     run: Callable[..., str],

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from ublk_loop import __version__, cli, control, manage, uapi
 
-COMMANDS = ["add", "del", "list", "recover", "features", "set_affinity", "help"]
+COMMANDS = ["add", "del", "list", "recover", "upgrade", "features", "set_affinity", "help"]
 
 
 def ublk(*arguments: str) -> Result:
@@ -38,6 +38,9 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "list -n x",
         "recover",
         "recover -n",
+        "recover -n 0 -a",
+        "upgrade",
+        "upgrade -n 0 -a",
         "set_affinity -n 0",
         "set_affinity -n 0 -q 0",
         "set_affinity -n 0 -q 0 --cpuset [a]",

@@ -26,6 +26,8 @@ REQUESTS = st.one_of(
         two_lines=st.booleans(),
     ),
     st.builds(Recover, st.integers(0, (1 << 20) - 1), st.booleans(), st.booleans()),
+    st.builds(protocol.Upgrade, st.integers(0, (1 << 20) - 1)),
+    st.builds(protocol.Reload, WORDS.map("/".__add__)),
     st.just(Status()),
     st.just(Stop()),
 )
