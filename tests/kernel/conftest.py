@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from daemons import Daemon
 from loads import Load
-from servers import Apart
+from servers import Apart, reap_children
 
-from ublk_loop import manage
+from ublk_loop import cli, manage
 from ublk_loop.control import Control, list_dev_ids
 from ublk_loop.device import Device
 from ublk_loop.state import DeviceOptions, TargetSpec
@@ -285,11 +286,8 @@ def device(control: Control) -> Iterator[Callable[..., Device]]:
 
 
 @pytest.fixture
-def apart(
-    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Apart]]:
+def apart(control: Control, state_dir: Path) -> Iterator[Callable[..., Apart]]:
     """Serve a file from a process of its own: ``apart(path, direct=None, **DeviceOptions)``."""
-    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path / "state"))
     served: list[Apart] = []
 
     def serve(path: Path, *, direct: bool | None = None, **options: Any) -> Apart:
@@ -341,6 +339,48 @@ def ublk(leaves_nothing: KernelLog) -> Callable[..., subprocess.CompletedProcess
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
     return ublk
+
+
+@pytest.fixture
+def state_dir(leaves_nothing: KernelLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder of the test's own."""
+    folder = tmp_path / "state"
+    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
+    return folder
+
+
+Here = Callable[..., Result]
+
+
+@pytest.fixture
+def here(state_dir: Path, control: Control) -> Iterator[Here]:
+    """``here("add -t null", *words)``: run a command in this process, which forks the servers.
+
+    Python starts slowly in an emulated guest. At the end what is left is deleted.
+    """
+
+    def run(line: str, *words: object) -> Result:
+        words = (*line.split(), *words)
+        return CliRunner().invoke(cli.cli, [str(word) for word in words], prog_name="ublk")
+
+    yield run
+    for path in state_dir.glob("*.json"):
+        with contextlib.suppress(OSError):
+            manage.delete(int(path.stem), force=True)
+    reap_children()
+
+
+@pytest.fixture
+def add(here: Here) -> Callable[..., dict[str, Any]]:
+    """``add("-t loop -f", path)``: ``ublk add`` by ``here``; the document of the new device."""
+
+    def add(line: str, *words: object) -> dict[str, Any]:
+        result = here(f"add --json {line}", *words)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        document: dict[str, Any] = json.loads(result.stdout)
+        return document
+
+    return add
 
 
 @pytest.fixture(scope="session")

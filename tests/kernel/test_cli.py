@@ -6,7 +6,6 @@ the servers as the real command does; what only a process of its own can show us
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -15,14 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from ublk_loop import cli, manage, state, uapi
+from ublk_loop import manage, state, uapi
 from ublk_loop.control import Control
 from ublk_loop.device import Device
 from ublk_loop.target import NullTarget
@@ -31,34 +30,7 @@ Here = Callable[..., Result]
 WaitUntil = Callable[..., None]
 PF_IO_FLUSHER = 0x00080000 | 0x00100000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE
 FILE_BYTES = 4 << 20
-
-
-@pytest.fixture(autouse=True)
-def state_dir(leaves_nothing: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "state"
-    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
-    return folder
-
-
-def _reap_children() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-@pytest.fixture
-def here(state_dir: Path, control: Control) -> Iterator[Here]:
-    """Run a command in this process; at the end, delete what is left and reap the servers."""
-
-    def run(line: str, *words: object) -> Result:
-        words = (*line.split(), *words)
-        return CliRunner().invoke(cli.cli, [str(word) for word in words], prog_name="ublk")
-
-    yield run
-    for path in state_dir.glob("*.json"):
-        with contextlib.suppress(OSError):
-            manage.delete(int(path.stem))
-    _reap_children()
+pytestmark = pytest.mark.usefixtures("state_dir")
 
 
 def _succeed(result: Result) -> str:

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from ublk_loop import cli, manage, uapi
+from ublk_loop import cli, uapi
 from ublk_loop.control import Control
 
 WaitUntil = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def state_dir(leaves_nothing: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "state"
-    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("state_dir")
 
 
 @pytest.fixture
-def added(state_dir: Path) -> Iterator[dict[str, Any]]:
+def added(add: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """A null device that outlives its server."""
-    result = _run("add -t null -r 1 --json")
-    assert result.exit_code == 0, result.output
-    document: dict[str, Any] = json.loads(result.stdout)
-    yield document
-    with contextlib.suppress(OSError):
-        manage.delete(document["dev_id"], force=True)
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    return add("-t null -r 1")
 
 
 def _run(line: str) -> Result:
+    # Not the fixture `here`, which has the driver open: one test unloads it.
     return CliRunner().invoke(cli.cli, line.split(), prog_name="ublk")
 
 
@@ -78,9 +64,13 @@ def test_doctor_finds_and_mends_a_wrong_scheduler_and_what_is_left_over(
 
 
 def test_doctor_finds_a_device_that_waits_and_one_that_is_dead(
-    added: dict[str, Any], control: Control, wait_until: WaitUntil, state_dir: Path
+    added: dict[str, Any],
+    add: Callable[..., dict[str, Any]],
+    control: Control,
+    wait_until: WaitUntil,
+    state_dir: Path,
 ) -> None:
-    dead = json.loads(_run("add -t null --json").stdout)
+    dead = add("-t null")
     for one, after in ((added, uapi.UBLK_S_DEV_QUIESCED), (dead, uapi.UBLK_S_DEV_DEAD)):
         os.kill(one["server_pid"], signal.SIGKILL)
         wait_until(

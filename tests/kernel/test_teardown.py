@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from servers import reap_children
 
-from ublk_loop import cli, manage, state, uapi
+from ublk_loop import manage, state, uapi
 from ublk_loop.control import Control
 
 Here = Callable[..., Result]
@@ -29,34 +30,7 @@ WaitUntil = Callable[..., None]
 FILE_BYTES = 16 << 20
 CLONE_NEWNS = 0x00020000
 PROT_READ, MAP_SHARED = 1, 1
-
-
-@pytest.fixture(autouse=True)
-def state_dir(leaves_nothing: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "state"
-    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(folder))
-    return folder
-
-
-def _reap_children() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-@pytest.fixture
-def here(state_dir: Path, control: Control) -> Iterator[Here]:
-    """Run a command in this process; at the end, delete what is left and reap the servers."""
-
-    def run(line: str, *words: object) -> Result:
-        words = (*line.split(), *words)
-        return CliRunner().invoke(cli.cli, [str(word) for word in words], prog_name="ublk")
-
-    yield run
-    for path in state_dir.glob("*.json"):
-        with contextlib.suppress(OSError):
-            manage.delete(int(path.stem), force=True)
-    _reap_children()
+pytestmark = pytest.mark.usefixtures("state_dir")
 
 
 @pytest.fixture
@@ -254,7 +228,7 @@ def test_force_stops_a_mounted_device_and_all_is_gone_once_it_is_unmounted(
     assert (result.exit_code, result.stdout) == (0, "")
     assert "it goes when that ends" in result.stderr
     assert _is_gone(dev_id)
-    _reap_children()
+    reap_children()
     assert not os.path.exists(f"/proc/{server_pid}")
     run("umount", folder)
     added = here("add -t null -n", dev_id)  # the number is free again

@@ -83,3 +83,10 @@ class Apart:
         request = Request(self._options, self._spec, dev_id, recover=recover)
         dev_id, pid = launch(request, lambda info, _, known: [info.dev_id, known.server_pid])
         return dev_id, pid
+
+
+def reap_children() -> None:
+    """Take leave of every child that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
