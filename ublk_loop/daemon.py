@@ -536,8 +536,10 @@ def _preload() -> None:
     import ctypes
     import faulthandler  # noqa: F401
 
-    from . import control, device, handover, manage, target, workqueue  # noqa: F401
+    from . import control, device, handover, manage, sandbox, target, workqueue  # noqa: F401
 
     ctypes.CDLL(None)
+    with contextlib.suppress(OSError):
+        sandbox.make_filter()
     gc.collect()
     gc.freeze()

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from . import uapi
 from .control import Control, DevInfo
@@ -34,6 +35,9 @@ from .shmem import MAX_FILES, SharedMemory
 from .state import SharedFile
 from .target import LoopTarget, NativeTarget, Target, check_policy
 from .workqueue import Workqueue
+
+if TYPE_CHECKING:
+    from .sandbox import Sandbox
 
 # What the data plane can do; any other mode is refused.
 SUPPORTED_FLAGS = (
@@ -75,6 +79,8 @@ ANY_DEV_ID = -1
 
 _log = logging.getLogger(__name__)
 
+_Started = TypeVar("_Started")
+
 
 class Device:
     """A device that this process serves. Use :meth:`add` or :meth:`recover`.
@@ -90,6 +96,7 @@ class Device:
         policy: str,
         poll_us: int | None,
         nr_threads: int | None,
+        sandbox: Sandbox | None,
     ) -> None:
         self.info = info
         self.target = target
@@ -99,6 +106,7 @@ class Device:
         self._policy = policy
         self._poll_us = poll_us
         self._nr_threads = nr_threads
+        self._sandbox = sandbox
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
         self.shared_files: tuple[SharedFile, ...] = ()
@@ -126,6 +134,7 @@ class Device:
         nr_threads: int | None = None,
         shared_files: Sequence[SharedFile] = (),
         timeout_s: float = 30,
+        sandbox: Sandbox | None = None,
     ) -> Device:
         """Add a device and prepare to serve it; :meth:`start` makes it live.
 
@@ -141,6 +150,8 @@ class Device:
             hctx that has one CPU to run on never spins.
         :param nr_threads: threads that share the queues; default: one a queue.
         :param shared_files: memory of clients; implies UBLK_F_SHMEM_ZC and user copy for the rest.
+        :param sandbox: takes from the I/O threads what they need not; default: they inherit what
+            the calling thread may do.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
@@ -166,7 +177,7 @@ class Device:
                     ublksrv_pid=os.getpid(),
                 )
             )
-        device = cls(control, target, info, policy, poll_us, nr_threads)
+        device = cls(control, target, info, policy, poll_us, nr_threads, sandbox)
         try:
             missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
             if missing:
@@ -194,8 +205,11 @@ class Device:
         nr_threads: int | None = None,
         shared_files: Sequence[SharedFile] = (),
         timeout_s: float = 30,
+        sandbox: Sandbox | None = None,
     ) -> Device:
         """Take over a device whose server is gone; :meth:`start` makes it live again.
+
+        The options are as in :meth:`add`.
 
         :raises DriverError: EBUSY (the old server is not gone), EINVAL (not added with recovery, or
             not waiting for one), ENODEV. The device is left as it was found.
@@ -204,7 +218,7 @@ class Device:
             check_policy(policy)
             control.start_user_recovery(dev_id, timeout_s=timeout_s)
             info = control.get_dev_info(dev_id)
-        device = cls(control, target, info, policy, poll_us, nr_threads)
+        device = cls(control, target, info, policy, poll_us, nr_threads, sandbox)
         device._recovering = True
         try:
             device._prepare(timeout_s, shared_files)
@@ -312,13 +326,7 @@ class Device:
         deadline = time.monotonic() + timeout_s
         cdev_fd = _open_char_device(self.char_path, deadline)
         self._resources.callback(os.close, cdev_fd)
-        workqueue = Workqueue(
-            f"ublk{self.dev_id}",
-            highpri=True,
-            mem_reclaim=True,
-            max_active=MAX_ACTIVE_ROTATIONAL if self.target.rotational else MAX_ACTIVE,
-        )
-        self._resources.callback(workqueue.close)
+        workqueue = self._confined(self._make_workqueue)
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
         self._share(native, shared_files)
@@ -327,10 +335,29 @@ class Device:
         # First of all at close: a worker hands a request back before it is done with the hctx and
         # the native target.
         self._resources.callback(workqueue.flush)
-        for thread in self.threads:
-            thread.start()
+        self._confined(self._start_threads, fetching=True)
         for thread in self.threads:
             thread.wait_prepared(max(0.0, deadline - time.monotonic()))
+
+    def _confined(self, start: Callable[[], _Started], *, fetching: bool = False) -> _Started:
+        # Threads inherit the rights of the one that starts them.
+        if self._sandbox is None:
+            return start()
+        return self._sandbox.run_confined(start, fetching=fetching)
+
+    def _make_workqueue(self) -> Workqueue:
+        workqueue = Workqueue(
+            f"ublk{self.dev_id}",
+            highpri=True,
+            mem_reclaim=True,
+            max_active=MAX_ACTIVE_ROTATIONAL if self.target.rotational else MAX_ACTIVE,
+        )
+        self._resources.callback(workqueue.close)
+        return workqueue
+
+    def _start_threads(self) -> None:
+        for thread in self.threads:
+            thread.start()
 
     def _q_ids_of_threads(self) -> list[range]:
         # Neighbouring queues share a thread: the driver maps neighbouring CPUs to them.
@@ -349,6 +376,7 @@ class Device:
             target=native.handle,
             poll_us=self._choose_poll_us(affinity),
             affinity=affinity,
+            on_prepared=self._sandbox.leave_fetching if self._sandbox else None,
             on_end=self._one_ended,
         )
         self._resources.callback(thread.close)

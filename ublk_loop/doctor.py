@@ -28,6 +28,7 @@ def _all(host: Host) -> Iterator[Finding]:
     yield from doctor_host.check_liburing(host)
     yield from doctor_host.check_features(host, _ask_features)
     yield from doctor_host.check_rights(host)
+    yield from doctor_host.check_sandbox()
     yield from doctor_host.check_memlock(host)
     yield from doctor_host.check_cgroup(host)
     yield from doctor_host.check_udev(host)

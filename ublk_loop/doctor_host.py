@@ -11,7 +11,7 @@ import resource
 import subprocess
 from collections.abc import Callable, Iterator
 
-from . import uapi
+from . import sandbox, uapi
 from .errors import UblkLoopError
 from .finding import NOTE, PROBLEM, WARNING, Finding, Host
 from .listing import FEATURES
@@ -110,6 +110,19 @@ def check_rights(host: Host) -> Iterator[Finding]:
             yield Finding(WARNING, "rights", f"without {name} {loss}", f"grant {name}")
 
 
+def check_sandbox() -> Iterator[Finding]:
+    """A server can give up what it does not need."""
+    if not sandbox.has_landlock():
+        text = "the kernel has no Landlock: a server that was taken over can open other files"
+        fix = "boot with Landlock in the list of the kernel's parameter lsm="
+        yield Finding(WARNING, "sandbox", text, fix)
+    try:
+        sandbox.load_libseccomp()
+    except OSError:
+        text = "no libseccomp.so.2: a server that was taken over can make any system call"
+        yield Finding(WARNING, "sandbox", text, "apt-get install libseccomp2, or its like")
+
+
 def check_memlock(host: Host) -> Iterator[Finding]:
     """A server may lock its memory."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
@@ -206,6 +219,7 @@ __all__ = [
     "check_liburing",
     "check_memlock",
     "check_rights",
+    "check_sandbox",
     "check_ublks_max",
     "check_udev",
     "is_container",

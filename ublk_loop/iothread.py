@@ -27,6 +27,7 @@ class IoThread:
     :param name: of the thread.
     :param poll_us: the longest spin before it sleeps; 0: none. Vain spins stop it for a while.
     :param affinity: CPUs it may run on; empty: where the scheduler wants.
+    :param on_prepared: called on the thread once every tag is fetched.
     :param on_end: called on the thread as its last act.
     :raises DriverError: ENOMEM, EMFILE.
     """
@@ -39,11 +40,13 @@ class IoThread:
         target: ul_target,
         poll_us: int = 0,
         affinity: Iterable[int] = (),
+        on_prepared: Callable[[], None] | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.affinity = frozenset(affinity)
         self.error: DriverError | None = None
+        self._on_prepared = on_prepared
         self._on_end = on_end
         self._prepared = threading.Event()
         config = ffi.new("struct ul_iothread_config *")
@@ -107,6 +110,8 @@ class IoThread:
             # A wake-up then does not preempt the client, which submits more before we run.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             check(lib.ul_iothread_prepare(handle), f"{self.name}: fetch")
+            if self._on_prepared is not None:
+                self._on_prepared()
             self._prepared.set()
             check(lib.ul_iothread_run(handle), self.name)
         except DriverError as error:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import listing, log, process, protocol, state, uapi
 from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
+from .sandbox import CAP_FOWNER, Sandbox
 from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
 
 if TYPE_CHECKING:
@@ -102,22 +103,22 @@ def serve(
         process.protect_from_reclaim()
         from .control import Control
 
-        with Control() as control:
-            device = _make_device(control, target, request)
+        sandbox = Sandbox(keep=_needed_capabilities(request.spec))
+        with Control() as control, contextlib.closing(sandbox):
+
+            def start() -> tuple[Device, DeviceState, Params]:
+                return _start(control, target, request, sandbox, on_added)
+
+            device, known, params = sandbox.run_apart(start)
             try:
-                known = _state_of(device, request)
-                on_added(known.dev_id, known.sysfs_ino)
-                state.write(known)
-                device.start(START_TIMEOUT_S)
-                _wait_for_node(device.block_path)
                 if events.stop_requested:
                     raise DaemonError(errno.EINTR, request.what)
-                params = control.get_params(device.dev_id)
                 on_live(device.dev_id, describe(device.info, params, known))
             except BaseException:
                 _give_up(device, request)
                 raise
             _log.info("dev %d is live", device.dev_id)
+            sandbox.confine_main()
             _serve_until_end(control, device, events)
 
 
@@ -133,6 +134,26 @@ def _wait_for_target(request: Request) -> Target:
             if error.errno != errno.EBUSY or time.monotonic() >= deadline:
                 raise
         time.sleep(0.02)
+
+
+def _start(
+    control: Control,
+    target: Target,
+    request: Request,
+    sandbox: Sandbox,
+    on_added: Callable[[int, int], None],
+) -> tuple[Device, DeviceState, Params]:
+    device = _make_device(control, target, request, sandbox)
+    try:
+        known = _state_of(device, request)
+        on_added(known.dev_id, known.sysfs_ino)
+        state.write(known)
+        device.start(START_TIMEOUT_S)
+        _wait_for_node(device.block_path)
+        return device, known, control.get_params(device.dev_id)
+    except BaseException:
+        _give_up(device, request)
+        raise
 
 
 def _build_target(spec: TargetSpec) -> Target:
@@ -151,7 +172,16 @@ def _build_target(spec: TargetSpec) -> Target:
     return NullTarget(spec.nr_bytes) if spec.type == "null" else RamTarget(spec.nr_bytes)
 
 
-def _make_device(control: Control, target: Target, request: Request) -> Device:
+def _needed_capabilities(spec: TargetSpec) -> list[int]:
+    # mincore() tells who may write a file, or acts as its owner, what is in memory; others it tells
+    # that all is.
+    with contextlib.suppress(OSError):
+        if spec.type == "loop" and os.stat(spec.path).st_uid != os.geteuid():
+            return [CAP_FOWNER]
+    return []
+
+
+def _make_device(control: Control, target: Target, request: Request, sandbox: Sandbox) -> Device:
     from .device import DATA_MODES, SUPPORTED_FLAGS, Device
 
     options = request.options
@@ -165,6 +195,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
             nr_threads=options.nr_threads,
             shared_files=options.shared_files,
             timeout_s=ADD_TIMEOUT_S,
+            sandbox=sandbox,
         )
     flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
     flags |= DATA_MODES.get(options.data, 0)
@@ -189,6 +220,7 @@ def _make_device(control: Control, target: Target, request: Request) -> Device:
         nr_threads=options.nr_threads,
         shared_files=options.shared_files,
         timeout_s=ADD_TIMEOUT_S,
+        sandbox=sandbox,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ublk_loop import cli, doctor, doctor_devices, doctor_host, uapi
+from ublk_loop import cli, doctor, doctor_devices, doctor_host, sandbox, uapi
 from ublk_loop.control import DevInfo
 from ublk_loop.doctor_devices import Known
 from ublk_loop.errors import DriverError
@@ -67,6 +67,23 @@ def _stat(host: Host, tid: int, flags: int, command: str = "ublk) q0") -> None:
 
 
 # ---- the machine ----
+
+
+def test_a_machine_without_landlock_and_libseccomp_is_warned_of_what_a_server_then_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacks() -> None:
+        raise OSError(errno.ENOENT, "no libseccomp.so.2")
+
+    monkeypatch.setattr(sandbox, "has_landlock", lambda: False)
+    monkeypatch.setattr(sandbox, "load_libseccomp", lacks)
+    landlock, seccomp = doctor_host.check_sandbox()
+    assert landlock.severity == seccomp.severity == WARNING
+    assert "lsm=" in landlock.fix
+    assert "libseccomp2" in seccomp.fix
+    monkeypatch.setattr(sandbox, "has_landlock", lambda: True)
+    monkeypatch.setattr(sandbox, "load_libseccomp", lambda: None)
+    assert list(doctor_host.check_sandbox()) == []
 
 
 def test_a_driver_that_is_not_loaded_is_a_problem_with_the_command_that_loads_it(
