@@ -39,7 +39,7 @@ PAGE_BYTES = 4096
 DEADLINE_S = 60
 RELOAD_TIMEOUT_S = 60.0
 SIZE_SUFFIXES = "KMGTPE"
-_CONTEXT: dict[str, Any] = {
+CONTEXT: dict[str, Any] = {
     # --user_recovery is how the reference server spells it; --user-recovery does as well.
     "token_normalize_func": lambda token: token.replace("-", "_"),
     "help_option_names": ["-h", "--help"],
@@ -54,6 +54,8 @@ _TYPE_HELP = {
   --direct_io          past the page cache (O_DIRECT); the default for a block device
   -o, --offset SECTORS where the device begins in the file, in sectors of 512 bytes
   --size SIZE          the device's size; default: to the end of the file
+  --sizelimit SIZE     at most so much of the file
+  --sector_size BYTES  the logical block size; default: the smallest that the file takes
   -R, --read_only      a read-only device
 
 \b
@@ -110,16 +112,21 @@ def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> int |
     """
     if text is None:
         return None
+    nr_bytes = parse_bytes(text)
+    if nr_bytes == 0 or nr_bytes % uapi.SECTOR_BYTES or nr_bytes >= 1 << 63:
+        raise click.BadParameter(f"{text!r} is not a positive multiple of 512 bytes below 8E")
+    return nr_bytes
+
+
+def parse_bytes(text: str) -> int:
+    """Return bytes, as :func:`parse_size` does, of any size. :raises click.BadParameter: none."""
     match = re.fullmatch(rf"(\d+)(?:([{SIZE_SUFFIXES}])(iB|B)?)?", text, re.IGNORECASE)
     if match is None:
         raise click.BadParameter(f"{text!r} is not a size, such as 4096, 64M or 1GiB")
     number, suffix, ending = match.groups()
     base = 1000 if ending and ending.upper() == "B" else 1024
     power = 1 + SIZE_SUFFIXES.index(suffix.upper()) if suffix else 0
-    nr_bytes: int = int(number) * base**power
-    if nr_bytes == 0 or nr_bytes % uapi.SECTOR_BYTES or nr_bytes >= 1 << 63:
-        raise click.BadParameter(f"{text!r} is not a positive multiple of 512 bytes below 8E")
-    return nr_bytes
+    return int(number) * int(base**power)
 
 
 def number_option(*, required: bool) -> Callable[[_AnyCommand], _AnyCommand]:
@@ -141,7 +148,14 @@ class _Commands(click.Group):
             raise click.UsageError(str(error), ctx) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return [*self.commands, "losetup"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "losetup":
+            from .cli_losetup import losetup  # it needs this module
+
+            return losetup
+        return super().get_command(ctx, cmd_name)
 
 
 def fail(text: str) -> NoReturn:
@@ -150,7 +164,7 @@ def fail(text: str) -> NoReturn:
     sys.exit(1)
 
 
-@click.group(cls=_Commands, context_settings=_CONTEXT)
+@click.group(cls=_Commands, context_settings=CONTEXT)
 @click.version_option(__version__, "-v", "--version", message="ublk-loop %(version)s")
 def cli() -> None:
     """Serve files as block devices through the kernel's ublk driver.
@@ -293,6 +307,19 @@ def cli() -> None:
 )
 @click.option("-R", "--read_only", is_flag=True, help="loop: a read-only device.")
 @click.option("--size", "nr_bytes", callback=parse_size, metavar="SIZE", help="The device's size.")
+@click.option(
+    "--sizelimit",
+    "limit_bytes",
+    callback=parse_size,
+    metavar="SIZE",
+    help="loop: at most so much of the file.",
+)
+@click.option(
+    "--sector_size",
+    "logical_bs",
+    type=click.Choice(["512", "1024", "2048", "4096"]),
+    help="loop: the logical block size.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
 @click.argument("file", required=False, type=click.Path())
 def add(**given: Any) -> None:
@@ -312,7 +339,7 @@ def add(**given: Any) -> None:
         _serve_here(_request(given), given["as_json"])
         return
     words = click.get_current_context().find_root().obj
-    if words is not None and client.is_wanted() and os.geteuid() == 0:
+    if words is not None and _may_start_daemon():
         # The quick way found no daemon; there is one from now on.
         client.start()
         exit_code = client.add(list(words))
@@ -322,12 +349,39 @@ def add(**given: Any) -> None:
     click.echo(launch.launch(_request(given), describe), nl=False)
 
 
+def add_device(words: Iterable[str]) -> dict[str, Any]:
+    """Do ``ublk add WORDS``, print nothing, and return the device's document.
+
+    :raises click.ClickException: the words are wrong.
+    """
+    from . import launch
+
+    words = [*words, "--json"]
+    given = add.make_context("add", list(words), parent=click.get_current_context()).params
+    request = _request(given)
+    if _may_start_daemon():
+        client.start()
+        reply = _ask(protocol.Add(tuple(words), os.getcwd()))
+        if reply is not None:
+            return _document(reply.out)
+    return _document(launch.launch(request, partial(listing.shown, as_json=True)))
+
+
+def _document(text: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def _may_start_daemon() -> bool:
+    return client.is_wanted() and os.geteuid() == 0
+
+
 def parse_add(words: Iterable[str]) -> dict[str, Any]:
     """Return the options that ``words``, those behind ``ublk add``, stand for.
 
     :raises UsageRefused: with what ``ublk add`` prints.
     """
-    parent = click.Context(cli, info_name="ublk", **_CONTEXT)
+    parent = click.Context(cli, info_name="ublk", **CONTEXT)
     try:
         return add.make_context("add", list(words), parent=parent).params
     except click.ClickException as error:
@@ -343,7 +397,7 @@ def check_add(words: Iterable[str]) -> None:
 
     :raises ValueError: what is wrong, one sentence.
     """
-    parent = click.Context(cli, info_name="ublk", **_CONTEXT)
+    parent = click.Context(cli, info_name="ublk", **CONTEXT)
     try:
         _request(add.make_context("add", list(words), parent=parent).params, supervised=True)
     except click.ClickException as error:
@@ -508,6 +562,8 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
             ("--direct_io", "direct_io"),
             ("-R", "read_only"),
             ("--shmem", "shmem"),
+            ("--sizelimit", "limit_bytes"),
+            ("--sector_size", "logical_bs"),
         ):
             if given[name] not in (None, False, ()):
                 raise click.UsageError(f"{option} is for -t loop only")
@@ -528,6 +584,8 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         nr_bytes=nr_bytes,
         direct=True if given["direct_io"] else False if given["buffered_io"] else None,
         read_only=given["read_only"],
+        limit_bytes=given["limit_bytes"] or nr_bytes,
+        logical_bs=int(given["logical_bs"]) if given["logical_bs"] else None,
     )
 
 
@@ -582,7 +640,7 @@ def delete(
     from .control import list_dev_ids
 
     dev_ids = list_dev_ids() if dev_id is None else [dev_id]
-    done = [_delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
+    done = [delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
     if as_json:
         click.echo(json.dumps(done, indent=2))
     _exit_if_failed(done)
@@ -593,7 +651,8 @@ def _came_from_command_line(name: str) -> bool:
     return source is ParameterSource.COMMANDLINE
 
 
-def _delete_one(dev_id: int, *, no_wait: bool, force: bool, lazy: bool) -> dict[str, Any]:
+def delete_one(dev_id: int, *, no_wait: bool, force: bool, lazy: bool) -> dict[str, Any]:
+    """Delete a device, say what there is to say, and return what became of it."""
     from . import lazy as lazily
     from . import manage
 
@@ -634,7 +693,7 @@ def list_devices(dev_id: int | None, verbose: bool, as_json: bool) -> None:
       ublk list --json
     """
     documents = []
-    for info, params, known in _known_devices(dev_id):
+    for info, params, known in known_devices(dev_id):
         if as_json:
             documents.append(listing.device_document(info, params, known))
         elif verbose:
@@ -645,23 +704,24 @@ def list_devices(dev_id: int | None, verbose: bool, as_json: bool) -> None:
         click.echo(json.dumps(documents, indent=2))
 
 
-def _known_devices(dev_id: int | None) -> list[tuple[DevInfo, Params, DeviceState | None]]:
+def known_devices(dev_id: int | None) -> list[tuple[DevInfo, Params, DeviceState | None]]:
+    """Return one device, or all that may be seen, as far as they are known."""
     from .control import Control, list_dev_ids
 
     with Control() as control:
         if dev_id is not None:
-            return [_known_device(control, dev_id)]
+            return [known_device(control, dev_id)]
         found = []
         for each in list_dev_ids():
             try:
-                found.append(_known_device(control, each))
+                found.append(known_device(control, each))
             except DriverError:
                 # Deleted since, or another user's.
                 continue
         return found
 
 
-def _known_device(control: Control, dev_id: int) -> tuple[DevInfo, Params, DeviceState | None]:
+def known_device(control: Control, dev_id: int) -> tuple[DevInfo, Params, DeviceState | None]:
     info = control.get_dev_info(dev_id)
     params = control.get_params(dev_id)
     try:

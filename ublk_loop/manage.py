@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import IO
 
 from . import holders, listing, state, uapi
 from .control import Control, DevInfo, block_path, list_dev_ids
@@ -268,3 +269,52 @@ def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
         state.write(replace(known, queues=queues))
         if server.wait(0):
             state.remove(dev_id)
+
+
+def set_capacity(dev_id: int) -> None:
+    """Give a loop device the size that its file has now, as far as its limit allows.
+
+    :raises DaemonError: ENOENT (not a device of ours); EINVAL (not of a file, or too small a one);
+        ESRCH (its server is gone).
+    :raises DriverError: EOPNOTSUPP before v6.16.
+    """
+    what = f"set capacity dev {dev_id}"
+    with Control() as control:
+        known = listing.state_of(control.get_dev_info(dev_id), state.read(dev_id))
+        if known is None:
+            raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
+        nr_bytes = _room(what, known)
+        control.update_size(dev_id, nr_bytes >> uapi.SECTOR_SHIFT)
+    # Its next server takes that size; one that took over meanwhile has written a state of its own.
+    known = state.read(dev_id)
+    if known is None:
+        return
+    spec, target = replace(known.spec, nr_bytes=nr_bytes), {**known.target, "dev_size": nr_bytes}
+    state.write(replace(known, spec=spec, target=target))
+
+
+def _room(what: str, known: DeviceState) -> int:
+    from .target import file_nr_bytes
+
+    spec = known.spec
+    if spec.type != "loop":
+        raise DaemonError(errno.EINVAL, what, f"a {spec.type} device has no file")
+    with _backing_file(what, known) as file:
+        room = file_nr_bytes(file.fileno()) - spec.offset_bytes
+    if spec.limit_bytes is not None:
+        room = min(room, spec.limit_bytes)
+    logical_bs = spec.logical_bs or uapi.SECTOR_BYTES
+    if room < logical_bs:
+        raise DaemonError(errno.EINVAL, what, f"{spec.path} does not hold one block any more")
+    return room // logical_bs * logical_bs
+
+
+def _backing_file(what: str, known: DeviceState) -> IO[bytes]:
+    # The file that the server has open: there may be another at its path by now.
+    path, folder = known.target["backing_file"], f"/proc/{known.server_pid}/fd"
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(f"{folder}/{name}").removesuffix(" (deleted)") == path:
+                    return open(f"{folder}/{name}", "rb")
+    raise DaemonError(errno.ESRCH, what, "its server is gone")

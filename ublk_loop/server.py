@@ -166,6 +166,8 @@ def _build_target(spec: TargetSpec) -> Target:
             nr_bytes=spec.nr_bytes,
             direct=spec.direct,
             read_only=spec.read_only,
+            limit_bytes=spec.limit_bytes,
+            logical_bs=spec.logical_bs,
         )
     if spec.nr_bytes is None:
         raise ValueError(f"a {spec.type} target needs a size")
@@ -229,7 +231,8 @@ def _state_of(device: Device, request: Request) -> DeviceState:
     spec = replace(request.spec, nr_bytes=target.size)
     if spec.type == "loop":
         # What was found, so that a recovery finds the same geometry or fails.
-        spec = replace(spec, direct=bool(target.describe()["direct_io"]))
+        direct = bool(target.describe()["direct_io"])
+        spec = replace(spec, direct=direct, logical_bs=target.logical_bs)
     info = device.info
     return DeviceState(
         dev_id=device.dev_id,

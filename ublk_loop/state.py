@@ -38,7 +38,10 @@ Json: TypeAlias = "dict[str, JsonValue]"
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What a target is built from; ``nr_bytes`` and ``direct`` None mean what the file offers."""
+    """What a target is built from; None means what the file offers.
+
+    ``limit_bytes``: at most so much of the file, as losetup's ``--sizelimit``.
+    """
 
     type: str
     path: str = ""
@@ -46,6 +49,8 @@ class TargetSpec:
     nr_bytes: int | None = None
     direct: bool | None = None
     read_only: bool = False
+    limit_bytes: int | None = None
+    logical_bs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,8 @@ def parse_spec(value: JsonValue) -> TargetSpec:
         nr_bytes=fields.optional_integer("nr_bytes", 0, (1 << 63) - 1),
         direct=fields.optional_boolean("direct"),
         read_only=fields.boolean("read_only"),
+        limit_bytes=fields.optional_integer("limit_bytes", 1, (1 << 63) - 1),
+        logical_bs=fields.optional_integer("logical_bs", 512, 4096),
     )
     if spec.type == "loop" and not os.path.isabs(spec.path):
         raise ValueError("spec: path is not absolute")

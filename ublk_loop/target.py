@@ -288,8 +288,10 @@ class LoopTarget(Target):
     :param direct: O_DIRECT or the page cache; default: the page cache for a regular file, O_DIRECT
         for a block device that takes it.
     :param read_only: open for reading only; the device is read-only too.
+    :param limit_bytes: the device has at most so much of the file.
+    :param logical_bs: the 512 to 4096; default: the smallest logical block that the file takes.
     :raises BackingFileError: ENOENT, EACCES, EROFS, EISDIR, ..., EBUSY (another server holds it),
-        EINVAL (too small, or O_DIRECT demanded and refused).
+        EINVAL (too small; O_DIRECT or a block size demanded and refused).
     :raises ValueError: bad numbers.
     """
 
@@ -303,7 +305,11 @@ class LoopTarget(Target):
         nr_bytes: int | None = None,
         direct: bool | None = None,
         read_only: bool = False,
+        limit_bytes: int | None = None,
+        logical_bs: int | None = None,
     ) -> None:
+        if logical_bs not in (None, 512, 1024, 2048, 4096):
+            raise ValueError(f"block size {logical_bs} is none of 512, 1024, 2048, 4096")
         if offset_bytes < 0 or offset_bytes % SECTOR_BYTES:
             raise ValueError(f"offset {offset_bytes} is not a multiple of {SECTOR_BYTES} bytes")
         self.path = os.path.realpath(path)
@@ -312,8 +318,8 @@ class LoopTarget(Target):
         self._fd = _open_backing(self.path, read_only)
         try:
             self._lock_file()
-            self._take_geometry(direct)
-            self._take_size(nr_bytes)
+            self._take_geometry(direct, logical_bs)
+            self._take_size(nr_bytes, limit_bytes)
         except BaseException:
             self.close()
             raise
@@ -382,7 +388,7 @@ class LoopTarget(Target):
                 errno.EBUSY, self.path, "another program holds a lock on it (ublk list, lslocks)"
             ) from None
 
-    def _take_geometry(self, direct: bool | None) -> None:
+    def _take_geometry(self, direct: bool | None, logical_bs: int | None) -> None:
         info = os.fstat(self._fd)
         self._is_block = stat.S_ISBLK(info.st_mode)
         file_bs = _ioctl_u32(self._fd, _BLKSSZGET) if self._is_block else SECTOR_BYTES
@@ -393,7 +399,7 @@ class LoopTarget(Target):
                 errno.EINVAL, self.path, "it does not take direct I/O here: use --buffered_io"
             )
         self.direct = direct_bs is not None
-        self.logical_bs = direct_bs or file_bs
+        self.logical_bs = self._choose_bs(direct_bs or file_bs, logical_bs)
         natural = _ioctl_u32(self._fd, _BLKPBSZGET) if self._is_block else info.st_blksize
         self.physical_bs = max(self.logical_bs, min(natural, PAGE_BYTES))
         self.discard_granularity = self.physical_bs
@@ -402,6 +408,12 @@ class LoopTarget(Target):
         if self.direct:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+
+    def _choose_bs(self, lowest: int, wanted: int | None) -> int:
+        if wanted is None or wanted >= lowest:
+            return wanted or lowest
+        text = f"a block size of {wanted} is too small for it: {lowest} is the smallest"
+        raise BackingFileError(errno.EINVAL, self.path, text)
 
     def _find_direct_bs(self, file_bs: int) -> int | None:
         # The smallest block that a direct read takes, by trying: STATX_DIOALIGN (v6.1) says
@@ -434,12 +446,11 @@ class LoopTarget(Target):
         end = -(-info.st_size // PAGE_BYTES) * PAGE_BYTES
         return bool(lib.ul_target_probe_punch(self._fd, end, PAGE_BYTES) == 0)
 
-    def _take_size(self, nr_bytes: int | None) -> None:
-        if self._is_block:
-            file_bytes = struct.unpack("Q", fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8)))[0]
-        else:
-            file_bytes = os.fstat(self._fd).st_size
+    def _take_size(self, nr_bytes: int | None, limit_bytes: int | None) -> None:
+        file_bytes = file_nr_bytes(self._fd)
         room = file_bytes - self.offset_bytes
+        if limit_bytes is not None:
+            room = min(room, limit_bytes)
         if nr_bytes is not None and nr_bytes > room:
             raise BackingFileError(
                 errno.EINVAL,
@@ -454,6 +465,15 @@ class LoopTarget(Target):
                 self.path,
                 f"too small: {max(size, 0)} bytes do not hold one block of {self.logical_bs}",
             )
+
+
+def file_nr_bytes(fd: int) -> int:
+    """Return the size of a regular file or block device. :raises OSError: what the kernel said."""
+    info = os.fstat(fd)
+    if stat.S_ISBLK(info.st_mode):
+        nr_bytes: int = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+        return nr_bytes
+    return info.st_size
 
 
 def check_policy(policy: str) -> None:
@@ -510,4 +530,5 @@ __all__ = [
     "RamTarget",
     "Target",
     "check_policy",
+    "file_nr_bytes",
 ]

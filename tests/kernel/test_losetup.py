@@ -1,0 +1,159 @@
+"""ublk losetup on the real driver, beside losetup of util-linux on the kernel's loop device."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from ublk_loop import uapi
+from ublk_loop.control import list_dev_ids
+
+Here = Callable[..., Result]
+WaitUntil = Callable[..., None]
+MIB = 1 << 20
+COLUMNS = "NAME,OFFSET,SIZELIMIT,RO,BACK-FILE,BACK-INO,AUTOCLEAR,LOG-SEC"
+WITH_NUMBERS = f"-J -O {COLUMNS},BACK-MAJ:MIN"
+
+
+@pytest.fixture
+def losetup(here: Here) -> Callable[..., str]:
+    """``losetup("-f --show", path)``: ublk losetup, which must succeed; its stdout."""
+
+    def losetup(line: str, *words: object) -> str:
+        result = here(f"losetup {line}", *words)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        return result.stdout
+
+    return losetup
+
+
+def _nr_bytes(device: str) -> int:
+    return int(Path(f"/sys/block/{Path(device).name}/size").read_text()) * 512
+
+
+def _values(text: str, device: str) -> dict[str, Any]:
+    # Until version 2.39 losetup pads device numbers in JSON as well.
+    [values] = json.loads(text.replace(device, "X"))["loopdevices"]
+    return {
+        key: value.strip() if isinstance(value, str) else value for key, value in values.items()
+    }
+
+
+def _shape(text: str) -> list[str]:
+    # What differs between any two devices: the name, and the width of its column.
+    return [re.sub(r"^/dev/\w+ *|^NAME *", "", line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("options", ["", "-o 4096 --sizelimit 1MiB -r -b 4096"])
+def test_shows_a_device_as_losetup_shows_the_kernels_on_such_a_file(
+    losetup: Callable[..., str],
+    backing_file: Callable[..., Path],
+    run: Callable[..., str],
+    options: str,
+) -> None:
+    path = backing_file(4 * MIB)
+    device = losetup(f"-f --show {options}", path).strip()
+    ours = {
+        shown: losetup(shown)
+        for shown in ("-l", f"-O {COLUMNS}", f"-n --raw -O {COLUMNS}", WITH_NUMBERS, "-a")
+    }
+    size = _nr_bytes(device)
+    losetup("-d", device)
+    loop = run("losetup", "-f", "--show", *options.split(), path).strip()
+    try:
+        assert size == _nr_bytes(loop)
+        theirs = {shown: run("losetup", *shown.split(), loop) for shown in list(ours)[:-1]}
+        theirs["-a"] = run("losetup", loop)
+    finally:
+        run("losetup", "-d", loop)
+    assert _values(ours[WITH_NUMBERS], device) == _values(theirs[WITH_NUMBERS], loop)
+    assert ours["-a"].replace(device, "X") == theirs["-a"].replace(loop, "X")
+    for shown in list(ours)[:3]:
+        assert _shape(ours[shown]) == _shape(theirs[shown])
+
+
+def test_sets_up_what_was_asked_for_and_detaches_it(
+    losetup: Callable[..., str],
+    here: Here,
+    backing_file: Callable[..., Path],
+    pattern: Callable[..., bytes],
+    open_block: Any,
+) -> None:
+    data = pattern(4 * MIB)
+    path = backing_file(4 * MIB, data)
+    assert losetup("-f") == "/dev/ublkb0\n"
+    assert losetup("--show /dev/ublkb6 -r -o 1MiB --sizelimit 2M --direct-io=off", path) == (
+        "/dev/ublkb6\n"
+    )
+    with open_block("/dev/ublkb6", read_only=True) as block:
+        assert block.read(0, MIB) == data[MIB : 2 * MIB]
+    assert _nr_bytes("/dev/ublkb6") == 2 * MIB
+    assert losetup("-j", path, "-o", MIB, "-n", "-O", "NAME,DIO,RO").split() == (
+        ["/dev/ublkb6", "0", "1"]
+    )
+    assert losetup("-L -f --show -r -o 1M --sizelimit 2M", path) == "/dev/ublkb6\n"
+    taken = here("losetup -f", path)
+    assert taken.exit_code == 1
+    assert "holds a lock" in taken.stderr
+    losetup("-d /dev/ublkb6")
+    assert list_dev_ids() == []
+    assert here("losetup -d /dev/ublkb6").exit_code == 1
+
+
+def test_detach_of_a_device_in_use_happens_when_it_is_no_more(
+    losetup: Callable[..., str],
+    ublk: Callable[..., subprocess.CompletedProcess[str]],
+    backing_file: Callable[..., Path],
+    open_block: Any,
+    state_dir: Path,
+    wait_until: WaitUntil,
+) -> None:
+    first, second = (losetup("-f --show", backing_file(MIB)).strip() for _ in range(2))
+    with open_block(first) as block:
+        result = ublk("losetup", "-D")
+        assert result.returncode == 0
+        assert "is deleted once nobody uses it" in result.stderr
+        assert not os.path.exists(second)
+        block.write(0, bytes(4096))
+    wait_until(lambda: os.listdir(state_dir) == [], timeout_s=30)
+    assert list_dev_ids() == []
+
+
+def test_capacity_follows_the_file_up_to_the_limit_where_the_driver_can(
+    losetup: Callable[..., str],
+    here: Here,
+    backing_file: Callable[..., Path],
+    pattern: Callable[..., bytes],
+    open_block: Any,
+    features: int,
+) -> None:
+    path, limited = backing_file(MIB), backing_file(MIB)
+    device = losetup("-f --show -o 4096", path).strip()
+    bounded = losetup("-f --show --sizelimit 2M", limited).strip()
+    for each in (path, limited):
+        os.truncate(each, 4 * MIB)
+    if not features & uapi.UBLK_F_UPDATE_SIZE:
+        result = here("losetup -c", device)
+        assert result.exit_code == 1
+        assert "does not offer it" in result.stderr
+        assert _nr_bytes(device) == MIB - 4096
+        return
+    losetup("-c", device)
+    losetup("-c", bounded)
+    assert (_nr_bytes(device), _nr_bytes(bounded)) == (4 * MIB - 4096, 2 * MIB)
+    data = pattern(MIB)
+    with open_block(device) as block:
+        block.write(3 * MIB - 4096, data)
+        assert block.read(3 * MIB - 4096, MIB) == data
+    assert path.read_bytes()[3 * MIB :] == data
+    # A new server takes the new size.
+    [shown] = json.loads(here("list --json -n", device.removeprefix("/dev/ublkb")).stdout)
+    assert shown["target"]["dev_size"] == 4 * MIB - 4096

@@ -1,0 +1,25 @@
+"""LoopTarget: the file that it opens."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from ublk_loop.errors import BackingFileError
+from ublk_loop.target import LoopTarget
+
+
+def test_takes_the_block_size_and_the_limit_that_were_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10000))
+    for limit_bytes, size in ((None, 8192), (1 << 20, 8192), (4608, 4096)):
+        taken = LoopTarget(path, limit_bytes=limit_bytes, logical_bs=4096)
+        assert (taken.logical_bs, taken.size) == (4096, size)
+        taken.close()
+    with pytest.raises(ValueError, match="block size 8192"):
+        LoopTarget(path, logical_bs=8192)
+    with pytest.raises(BackingFileError) as refused:
+        LoopTarget(path, limit_bytes=2048, logical_bs=4096)
+    assert refused.value.errno == errno.EINVAL

@@ -1,0 +1,143 @@
+"""What ``ublk losetup`` shows of a device, in the formats of util-linux' losetup.
+
+In: what the driver and the state file say of the devices that have a backing file. Out: text, or
+what is printed as JSON. Nothing here prints, or talks to the driver; of a backing file it asks for
+the inode.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import uapi
+
+if TYPE_CHECKING:
+    from .control import DevInfo
+    from .params import Params
+    from .state import DeviceState
+
+# Name, whether it is aligned to the right, and what --help says of it.
+COLUMNS = {
+    "NAME": (False, "device name"),
+    "AUTOCLEAR": (True, "always 0: a device stays until it is detached"),
+    "BACK-FILE": (False, "backing file"),
+    "BACK-INO": (True, "backing file's inode number"),
+    "BACK-MAJ:MIN": (False, "device number of the disk that the backing file is on"),
+    "MAJ:MIN": (False, "device number"),
+    "OFFSET": (True, "where the device begins in the file, in bytes"),
+    "PARTSCAN": (True, "whether partitions are looked for"),
+    "RO": (True, "read-only"),
+    "SIZELIMIT": (True, "the most bytes of the file that it has; 0: no limit"),
+    "DIO": (True, "direct I/O on the backing file"),
+    "LOG-SEC": (True, "logical block size in bytes"),
+}
+DEFAULT_COLUMNS = (
+    *("NAME", "SIZELIMIT", "OFFSET", "AUTOCLEAR", "RO", "BACK-FILE", "DIO", "LOG-SEC"),
+)
+
+Row = dict[str, "str | int | bool | None"]
+
+
+def row(info: DevInfo, params: Params, known: DeviceState | None) -> Row | None:
+    """Return a device's row, by column; None if it has no backing file, or is not ours."""
+    if known is None or known.spec.type != "loop":
+        return None
+    spec, path = known.spec, str(known.target["backing_file"])
+    ino, dev = _inode(path)
+    devt = params.devt
+    return {
+        "NAME": f"/dev/ublkb{info.dev_id}",
+        "AUTOCLEAR": False,
+        "BACK-FILE": path,
+        "BACK-INO": ino,
+        "BACK-MAJ:MIN": None if dev is None else f"{os.major(dev)}:{os.minor(dev)}",
+        "MAJ:MIN": f"{devt.disk_major}:{devt.disk_minor}" if devt else None,
+        "OFFSET": spec.offset_bytes,
+        # The driver looks for them as it does on any disk, but not on a plain user's.
+        "PARTSCAN": not info.flags & uapi.UBLK_F_UNPRIVILEGED_DEV,
+        "RO": spec.read_only,
+        "SIZELIMIT": spec.limit_bytes or 0,
+        "DIO": bool(spec.direct),
+        "LOG-SEC": 1 << params.basic.logical_bs_shift if params.basic else 512,
+    }
+
+
+def _inode(path: str) -> tuple[int | None, int | None]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None, None
+    return found.st_ino, found.st_dev
+
+
+def line(one: Row) -> str:
+    """Return what losetup prints of a device without ``--list``."""
+    try:
+        dev = os.stat(str(one["BACK-FILE"])).st_dev
+        where = f"[{dev:04d}]:{one['BACK-INO']}"
+    except OSError:
+        where = "[]:"
+    text = f"{one['NAME']}: {where} ({one['BACK-FILE']})"
+    for name in ("OFFSET", "SIZELIMIT"):
+        text += f", {name.lower()} {one[name]}" if one[name] else ""
+    return text
+
+
+def parse_columns(text: str) -> tuple[str, ...]:
+    """Return the columns of ``NAME,RO``. :raises ValueError: an unknown one, named."""
+    names = tuple(name.strip().upper() for name in text.split(","))
+    for name in names:
+        if name not in COLUMNS:
+            raise ValueError(f"unknown column {name!r}; there are {', '.join(COLUMNS)}")
+    return names
+
+
+def document(rows: Iterable[Row], columns: Sequence[str]) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    return {"loopdevices": [{name.lower(): one[name] for name in columns} for one in rows]}
+
+
+def raw(rows: Iterable[Row], columns: Sequence[str], *, headings: bool) -> str:
+    """Return what ``--raw`` prints, with no newline at the end: no padding, blanks as ``\\x20``."""
+    cells = _cells(rows, columns, headings)
+    return "\n".join(" ".join(cell.replace(" ", "\\x20") for cell in each) for each in cells)
+
+
+def table(rows: Iterable[Row], columns: Sequence[str], *, headings: bool) -> str:
+    """Return what ``--list`` prints, with no newline at the end."""
+    cells = _cells(rows, columns, headings)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for each in cells:
+        padded = [
+            cell.rjust(width) if COLUMNS[name][0] else cell.ljust(width)
+            for name, cell, width in zip(columns, each, widths, strict=True)
+        ]
+        lines.append(" ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(rows: Iterable[Row], columns: Sequence[str], headings: bool) -> list[list[str]]:
+    lines = [list(columns)] if headings else []
+    return lines + [[_cell(one[name]) for name in columns] for one in rows]
+
+
+def _cell(value: str | int | bool | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+__all__ = [
+    "COLUMNS",
+    "DEFAULT_COLUMNS",
+    "Row",
+    "document",
+    "line",
+    "parse_columns",
+    "raw",
+    "row",
+    "table",
+]
