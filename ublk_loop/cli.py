@@ -1025,6 +1025,20 @@ def set_affinity(dev_id: int, q_id: int, cpus: frozenset[int]) -> None:
     manage.set_affinity(dev_id, q_id, cpus)
 
 
+@cli.command(short_help="Show who owns an unprivileged device; for udev.")
+@click.argument("name", metavar="DEVICE")
+def owner(name: str) -> None:
+    """Print the user's and the group's id of who added an unprivileged device; else fail.
+
+    \b
+    Example:
+      ublk owner ublkc0
+    """
+    from .owner import owner_of
+
+    click.echo("{} {}".format(*owner_of(name)))
+
+
 @cli.command("help", short_help="Show help, or that of one type.")
 @click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES))
 @click.pass_context

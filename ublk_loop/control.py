@@ -70,6 +70,7 @@ _HINTS = {
     ("ADD_DEV", errno.EEXIST): "the id is taken: choose another, or leave it to the driver",
     ("ADD_DEV", errno.ENOSPC): "every id is taken: delete a device first",
     ("ADD_DEV", errno.EINVAL): "this kernel refuses the combination of features",
+    ("ADD_DEV", errno.EPERM): "run as root, or add it with --unprivileged",
     ("ADD_DEV", errno.EACCES): "too many unprivileged devices: see ublks_max of module ublk_drv",
     ("SET_PARAMS", errno.EACCES): "the device was started already",
     ("SET_PARAMS", errno.EINVAL): "the driver refuses a parameter",
@@ -475,7 +476,7 @@ class Control:
         """
         _check_range("dev_id", dev_id, 0, uapi.UBLK_MINORS - 1)
         result, payload = self._get_dev_info2(dev_id, timeout_s)
-        if result < 0 and result not in (-errno.ENODEV, -errno.ETIMEDOUT):
+        if result < 0 and result not in (-errno.ENODEV, -errno.ETIMEDOUT, -errno.EACCES):
             result, payload = self._command(
                 uapi.UBLK_U_CMD_GET_DEV_INFO,
                 dev_id,
@@ -634,9 +635,12 @@ class Control:
         """Return what must open the payload of commands to this device.
 
         The driver wants the path of an unprivileged device, takes no path for another, and only
-        GET_DEV_INFO2 tells them apart. If that fails, the command proper will say why.
+        GET_DEV_INFO2 tells them apart. If that fails, the command proper will say why; with EACCES
+        it was about the path, so the device is another user's.
         """
         result, payload = self._get_dev_info2(dev_id, timeout_s)
+        if result == -errno.EACCES:
+            return os.fsencode(char_path(dev_id)) + b"\0"
         if result < 0 or not DevInfo.unpack(payload).flags & uapi.UBLK_F_UNPRIVILEGED_DEV:
             return b""
         return os.fsencode(char_path(dev_id)) + b"\0"

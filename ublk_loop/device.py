@@ -186,6 +186,8 @@ class Device:
                     f"ADD_DEV dev {info.dev_id}",
                     f"this kernel's driver lacks feature flags {missing:#x} (see ublk features)",
                 )
+            if info.flags & uapi.UBLK_F_UNPRIVILEGED_DEV:
+                _wait_until_ours(device.char_path, timeout_s)
             control.set_params(info.dev_id, params)
             device._prepare(timeout_s, shared_files)
         except BaseException:
@@ -520,6 +522,16 @@ def _params(target: Target, max_io_buf_bytes: int, zero_copy: bool) -> Params:
         # To a copy any memory of a client will do; direct I/O from and to it asks for more.
         dma_alignment=target.logical_bs if zero_copy else 4,
     )
+
+
+def _wait_until_ours(path: str, timeout_s: float) -> None:
+    # The driver takes commands of who may open the node, which udev gives to its owner.
+    deadline = time.monotonic() + timeout_s
+    while not os.access(path, os.R_OK | os.W_OK):
+        if time.monotonic() >= deadline:
+            hint = "no udev rule gives it to its owner: see contrib/udev/60-ublk.rules"
+            raise DriverError(errno.EACCES, f"open {path}", hint)
+        time.sleep(0.01)
 
 
 def _open_char_device(path: str, deadline: float) -> int:

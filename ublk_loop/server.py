@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 ADD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
-NODE_TIMEOUT_S = 10.0
+NODE_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S = 20.0  # of the backing by a dead server, whose I/O may still be under way
 REUSE_TIMEOUT_S = 1.0  # the same for a new device: more likely somebody else uses it
 STOP_TIMEOUT_S = 30.0
@@ -257,11 +257,14 @@ def _state_of(device: Device, request: Request) -> DeviceState:
 
 
 def _wait_for_node(path: str) -> None:
-    # devtmpfs has it at once; without devtmpfs udev makes it.
+    # devtmpfs has it at once; without devtmpfs udev makes it, and chowns a plain user's.
     deadline = time.monotonic() + NODE_TIMEOUT_S
-    while not os.path.exists(path):
+    while not os.access(path, os.R_OK):
         if time.monotonic() >= deadline:
-            raise DaemonError(errno.ENOENT, path, "the device is live, but its node did not appear")
+            hint = (
+                "the device is live, but its node did not appear, or is not its owner's: see udev"
+            )
+            raise DaemonError(errno.ENOENT, path, hint)
         time.sleep(0.01)
 
 
