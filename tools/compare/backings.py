@@ -48,8 +48,8 @@ class Backing:
                 run("mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(root))
                 stack.callback(run, "umount", str(root))
             elif self.name != NONE:
-                disk = stack.enter_context(self._disk(room))
-                run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0", disk)
+                disk = stack.enter_context(self._disk(room + room // 8))  # ext4's own part
+                run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0", disk)
                 run("mount", disk, str(root))
                 stack.callback(run, "umount", str(root))
             yield root

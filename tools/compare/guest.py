@@ -74,12 +74,22 @@ def _in_guest(profile: Profile, where: Where, budget_s: float, kublk: Path | Non
     with tempfile.TemporaryDirectory(prefix="ublk-compare-", dir="/var/tmp") as name:
         limit = ICOUNT_LIMIT_S if profile.icount else BOOT_S + budget_s + OVERRUN_S
         vm = [sys.executable, str(TOOLS / "vm.py"), "--vm", "--kernel", where.kernel, *machine]
+        vm += ["--memory", f"{_memory_mib(profile)}M"]
         vm += ["--timeout", f"{limit:.0f}", "--shared", name]
         command = [*vm, "--", sys.executable, str(PROGRAM), "--guest", name]
         code = subprocess.call(command, env={**os.environ, SPEC: json.dumps(spec)})
         if code:
             raise CompareError(f"profile {profile.name}: the guest's exit code is {code}")
         return load(Path(name))
+
+
+def _memory_mib(profile: Profile) -> int:
+    # Every subject has a file of its own; a file of a disk is there twice, in the disk and cached.
+    sizes = [
+        len(part.subjects) * part.backing.nr_bytes * (1 if part.backing.name == "tmpfs" else 2)
+        for part in profile.parts
+    ]
+    return max(2048, (max(sizes) >> 20) + 1024)
 
 
 def serve_guest(directory: Path, progress: Progress) -> None:
