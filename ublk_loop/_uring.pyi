@@ -139,6 +139,7 @@ class ul_target_config(CData):
     policy: int
     flags: int
     fd: int
+    direct_fd: int
     offset_bytes: int
     dev_nr_bytes: int
     cookie: int

@@ -365,6 +365,7 @@ class LoopTarget(Target):
         config = ffi.new("struct ul_target_config *")
         config.kind = lib.UL_TARGET_LOOP
         config.fd = self._fd
+        config.direct_fd = -1
         config.offset_bytes = self.offset_bytes
         config.dev_nr_bytes = self.size
         if self._is_direct_to_disk:
@@ -372,7 +373,12 @@ class LoopTarget(Target):
         elif self.size <= os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES:
             # What cannot be resident as a whole is not worth its page tables (1/512 of it).
             config.flags = lib.UL_TARGET_MAP
-        yield config
+            config.direct_fd = self._open_direct()
+        try:
+            yield config
+        finally:
+            if config.direct_fd >= 0:
+                os.close(config.direct_fd)
 
     @property
     def _is_direct_to_disk(self) -> bool:
@@ -414,6 +420,15 @@ class LoopTarget(Target):
             return wanted or lowest
         text = f"a block size of {wanted} is too small for it: {lowest} is the smallest"
         raise BackingFileError(errno.EINVAL, self.path, text)
+
+    def _open_direct(self) -> int:
+        # For reading past the page cache; -1 where that cannot be, or is all there is.
+        if self.offset_bytes % self.physical_bs or lib.ul_target_is_in_memory(self._fd):
+            return -1
+        try:
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            return -1
 
     def _find_direct_bs(self, file_bs: int) -> int | None:
         # The smallest block that a direct read takes, by trying: STATX_DIOALIGN (v6.1) says

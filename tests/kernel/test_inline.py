@@ -35,6 +35,44 @@ def test_resident_pages_are_read_and_written_at_once(
     assert path.read_bytes()[512 + 8 * KIB :] == pattern(MIB)[512 + 8 * KIB :]
 
 
+def _is_cached(path: Path, offset: int, nr_bytes: int) -> bool:
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(nr_bytes)], offset, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
+def test_first_read_of_a_cold_page_leaves_the_page_cache_alone(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        _drop_caches()
+        offsets = range(4 * MIB, 12 * MIB, MIB)
+        for offset in offsets:
+            assert client.read(offset, 4 * KIB) == pattern(16 * MIB)[offset : offset + 4 * KIB]
+        stats = dev.hctxs[0].stats()
+        assert stats.nr_async >= len(offsets)
+        assert not any(_is_cached(path, offset, 4 * KIB) for offset in offsets)
+
+
+def test_page_written_behind_a_first_read_is_read_as_written(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        _drop_caches()
+        assert client.read(8 * MIB, 4 * KIB) == pattern(16 * MIB)[8 * MIB :][: 4 * KIB]
+        assert client.write(8 * MIB, pattern(512, seed=1)) == 512
+        expected = pattern(512, seed=1) + pattern(16 * MIB)[8 * MIB + 512 :][: 8 * KIB - 512]
+        assert client.read(8 * MIB, 8 * KIB) == expected
+        _drop_caches()
+        assert client.read(8 * MIB, 8 * KIB) == expected
+
+
 def test_cold_pages_are_read_by_the_ring_and_then_at_once(
     device, backing_file, ext4_folder, open_block, pattern
 ) -> None:
@@ -46,10 +84,12 @@ def test_cold_pages_are_read_by_the_ring_and_then_at_once(
         _drop_caches()
         cold = dev.hctxs[0].stats()
         assert client.read(8 * MIB, 64 * KIB) == expected
+        # The first read leaves the page cache alone, the second fills it.
+        assert client.read(8 * MIB, 64 * KIB) == expected
         warm = dev.hctxs[0].stats()
         assert client.read(8 * MIB, 64 * KIB) == expected
         after = dev.hctxs[0].stats()
-    assert warm.nr_async - cold.nr_async == 1
+    assert warm.nr_async - cold.nr_async == 2
     assert after.nr_async == warm.nr_async
     assert after.nr_inline - warm.nr_inline == 1
 

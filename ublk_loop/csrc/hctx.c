@@ -215,6 +215,7 @@ static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
 	struct io_uring_sqe *sqe = ul_get_sqe(&h->thread->ring);
 	bool is_read = req->op == UBLK_IO_OP_READ;
 	bool is_fixed = ul_hctx_is_registered(req);
+	int file = req->past_cache ? DIRECT_INDEX : BACKING_INDEX;
 	int op;
 
 	if (is_fixed)
@@ -222,7 +223,7 @@ static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
 	else
 		op = is_read ? IORING_OP_READ : IORING_OP_WRITE;
 	/* A registered buffer's addresses begin at 0. */
-	io_uring_prep_rw(op, sqe, BACKING_INDEX, is_fixed ? NULL : req->buffer,
+	io_uring_prep_rw(op, sqe, file, is_fixed ? NULL : req->buffer,
 			 req->nr_bytes, ul_target_pos(h->target, req));
 	if (is_fixed)
 		sqe->buf_index = h->buf_base + req->tag;

@@ -108,7 +108,8 @@ static int iothread_make_ring(struct ul_iothread *t)
 		IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
 		0,
 	};
-	int files[] = { t->cdev_fd, ul_target_fd(t->target) };
+	int files[] = { t->cdev_fd, ul_target_fd(t->target),
+			ul_target_direct_fd(t->target) };
 	unsigned int nr_entries = t->nr_tags + 4 * t->nr_hctxs;
 	int ret = -EINVAL;
 
@@ -128,7 +129,7 @@ static int iothread_make_ring(struct ul_iothread *t)
 		return ret;
 	t->ring_made = true;
 	io_uring_register_ring_fd(&t->ring.uring);	/* only saves time */
-	ret = io_uring_register_files(&t->ring.uring, files, 2);
+	ret = io_uring_register_files(&t->ring.uring, files, 3);
 	if (!ret && t->has_buf_table)
 		ret = io_uring_register_buffers_sparse(&t->ring.uring,
 						       t->nr_tags);

@@ -47,6 +47,8 @@ struct ul_map {
 	uint64_t		nr_bytes;	/* I: from byte 0 */
 	uint64_t		nr_pages;	/* I: of bytes */
 	unsigned int		page_shift;	/* I */
+	_Atomic uint64_t	*read;		/* I: owned, behind resident; a
+						 * bit a page, A: read cold */
 	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
 };
 
@@ -101,12 +103,17 @@ static uint64_t map_page(const struct ul_map *m, uint64_t offset_bytes)
 	return (m->lead_bytes + offset_bytes) >> m->page_shift;
 }
 
-static bool map_knows(const struct ul_map *m, uint64_t page)
+static bool bits_have(const _Atomic uint64_t *bits, uint64_t page)
 {
-	return atomic_load_explicit(&m->resident[page / WORD_BITS],
+	return atomic_load_explicit(&bits[page / WORD_BITS],
 				    memory_order_relaxed) >>
 		       page % WORD_BITS &
 	       1;
+}
+
+static bool map_knows(const struct ul_map *m, uint64_t page)
+{
+	return bits_have(m->resident, page);
 }
 
 static void map_forget_all(struct ul_map *m)
@@ -198,8 +205,9 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	uint64_t lead_bytes = offset_bytes & (page_bytes - 1);
 	uint64_t nr_pages =
 		(lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
-	struct ul_map *m = calloc(1, sizeof(*m) + (nr_pages / WORD_BITS +
-						   1) * sizeof(m->resident[0]));
+	uint64_t nr_words = nr_pages / WORD_BITS + 1;
+	struct ul_map *m =
+		calloc(1, sizeof(*m) + 2 * nr_words * sizeof(m->resident[0]));
 	void *bytes;
 
 	if (!m)
@@ -217,6 +225,7 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	}
 	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
 	munlock(bytes, lead_bytes + nr_bytes);
+	m->read = m->resident + nr_words;
 	m->bytes = bytes;
 	m->lead_bytes = lead_bytes;
 	m->nr_bytes = nr_bytes;
@@ -241,6 +250,22 @@ char *ul_map_find(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 		return NULL;
 	map_check_faults(m);
 	return m->bytes + m->lead_bytes + offset_bytes;
+}
+
+bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
+			  uint64_t nr_bytes)
+{
+	uint64_t page = map_page(m, offset_bytes);
+	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
+	bool is_first = !page || !bits_have(m->read, page - 1);
+
+	for (; page < end; page++) {
+		is_first &= !bits_have(m->read, page);
+		atomic_fetch_or_explicit(&m->read[page / WORD_BITS],
+					 1ULL << page % WORD_BITS,
+					 memory_order_relaxed);
+	}
+	return is_first;
 }
 
 void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)

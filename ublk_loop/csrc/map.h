@@ -18,6 +18,10 @@ void ul_map_destroy(struct ul_map *map);
 /* Where a range is, if reading or writing it needs no I/O, as far as is known;
  * else NULL.  For the kernel, or ul_map_copy(), to touch: see map.c. */
 char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
+/* Whether none of these pages, nor the one before, was asked about here before:
+ * a stream is not that, but for its beginning.  Any thread. */
+bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
+			  uint64_t nr_bytes);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that
  * does not block SIGBUS. */
 bool ul_map_copy(void *to, const void *from, uint64_t nr_bytes);

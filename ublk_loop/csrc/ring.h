@@ -14,6 +14,7 @@
 /* The ring's file table. */
 #define CDEV_INDEX	0		/* /dev/ublkcN */
 #define BACKING_INDEX	1		/* the target's file, if it has one */
+#define DIRECT_INDEX	2		/* the same, past the page cache */
 
 /* user_data: what completed, of which hctx of the thread, and a value: mostly,
  * for which tag. */

@@ -18,7 +18,8 @@
  * of a file of the page cache is copied from or to its mapping (map.c).  A cold
  * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
  * file system can do that without one of io_uring's own threads; in memory
- * (tmpfs) it is done inline.  A write is copied to the mapping in memory only;
+ * (tmpfs) it is done inline.  The first read of a cold page goes past the page
+ * cache, which it need not evict anything from.  A write is copied to the mapping in memory only;
  * on a disk it is an inline pwrite if it overwrites resident pages.  Everything
  * else goes the way of 2014: writes that allocate or must read first, flushes,
  * discards, all of a network file system.
@@ -501,6 +502,11 @@ int ul_target_fd(const struct ul_target *t)
 	return t->config.kind == UL_TARGET_LOOP ? t->config.fd : -1;
 }
 
+int ul_target_direct_fd(const struct ul_target *t)
+{
+	return t->config.kind == UL_TARGET_LOOP ? t->config.direct_fd : -1;
+}
+
 uint64_t ul_target_pos(const struct ul_target *t, const struct ul_request *req)
 {
 	return t->config.offset_bytes + req->offset_bytes;
@@ -554,6 +560,19 @@ static bool auto_use_map(struct ul_target *t, struct ul_plug *plug,
 	return ul_map_copy(data, req->buffer, req->nr_bytes);
 }
 
+/*
+ * What is read for the first time goes past the page cache, which is cheaper
+ * and evicts nothing; what is read again, or is part of a stream, comes to it.
+ * Pages that are dirty are resident, so not asked for here; one that became so
+ * meanwhile the file system writes out before it reads the disk.
+ */
+static bool auto_reads_past_cache(struct ul_target *t,
+				  const struct ul_request *req)
+{
+	return t->config.direct_fd >= 0 && t->map && !req->is_shared &&
+	       ul_map_is_first_read(t->map, req->offset_bytes, req->nr_bytes);
+}
+
 static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 				   struct ul_request *req)
 {
@@ -565,6 +584,7 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 	case COLD_INLINE:
 		return auto_finish(req, loop_read(t, req));
 	case COLD_ASYNC:
+		req->past_cache = auto_reads_past_cache(t, req);
 		return UL_RQ_ASYNC;
 	default:
 		return UL_RQ_QUEUED;
@@ -630,6 +650,7 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 	enum ul_rq_status status = UL_RQ_QUEUED;
 
 	req->copied_in = false;
+	req->past_cache = false;
 	if (target_refuses(t, req)) {
 		req->res = -EIO;
 		return UL_RQ_DONE;

@@ -32,6 +32,7 @@ struct ul_request {
 	uint16_t		tag;		/* I */
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
 	bool			is_shared;	/* R: buffer is the client's */
+	bool			past_cache;	/* R: read by direct_fd */
 	bool			copied_in;	/* W: a WRITE's data is in buffer */
 	bool			attending;	/* W: Python has it */
 };
@@ -78,6 +79,7 @@ char *ul_target_find_shmem(struct ul_target *target, uint64_t addr,
 /* For UL_RQ_ASYNC: the file, or -1 where a target never asks for it; and the
  * position in it. */
 int ul_target_fd(const struct ul_target *target);
+int ul_target_direct_fd(const struct ul_target *target);
 uint64_t ul_target_pos(const struct ul_target *target,
 		       const struct ul_request *req);
 /* The batch is over: let what was plugged begin. */

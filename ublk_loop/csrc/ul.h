@@ -164,6 +164,8 @@ struct ul_target_config {
 	uint32_t	policy;		/* UL_POLICY_* */
 	uint32_t	flags;		/* UL_TARGET_READ_ONLY */
 	int32_t		fd;		/* loop: the backing file, borrowed */
+	int32_t		direct_fd;	/* loop: the same, past the page cache,
+					 * for reading; borrowed; or -1 */
 	uint64_t	offset_bytes;	/* loop: the device's start in the file */
 	uint64_t	dev_nr_bytes;	/* loop: how much of it is mapped */
 	uint64_t	cookie;		/* python: handed out with each work */
