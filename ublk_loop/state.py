@@ -212,7 +212,8 @@ def parse(data: bytes) -> DeviceState:
 
 def parse_options(value: JsonValue) -> DeviceOptions:
     """Return the options that a JSON object holds. :raises ValueError: what is wrong with it."""
-    fields = Fields("options", value, *DeviceOptions.__dataclass_fields__)
+    defaults: Json = {**asdict(DeviceOptions()), "shared_files": []}
+    fields = Fields("options", value, *DeviceOptions.__dataclass_fields__, defaults=defaults)
     return DeviceOptions(
         nr_hw_queues=fields.integer("nr_hw_queues", 1, MAX_NR_HW_QUEUES),
         queue_depth=fields.integer("queue_depth", 1, MAX_QUEUE_DEPTH),
@@ -244,7 +245,9 @@ def _parse_shared_file(value: JsonValue) -> SharedFile:
 
 def parse_spec(value: JsonValue) -> TargetSpec:
     """Return the target that a JSON object holds. :raises ValueError: what is wrong with it."""
-    fields = Fields("spec", value, *TargetSpec.__dataclass_fields__)
+    defaults: Json = asdict(TargetSpec(""))
+    del defaults["type"]
+    fields = Fields("spec", value, *TargetSpec.__dataclass_fields__, defaults=defaults)
     spec = TargetSpec(
         type=fields.choice("type", TARGET_TYPES),
         path=fields.text("path"),
@@ -298,12 +301,18 @@ def parse_json(data: bytes, max_nr_bytes: int) -> JsonValue:
 
 
 class Fields:
-    """The members of one JSON object: exactly the given names, each of the type asked for."""
+    """The members of one JSON object: exactly the given names, each of the type asked for.
 
-    def __init__(self, where: str, value: JsonValue, *names: str) -> None:
+    Those in ``defaults`` may be absent: an older version, which is upgraded, did not know them.
+    """
+
+    def __init__(
+        self, where: str, value: JsonValue, *names: str, defaults: Json | None = None
+    ) -> None:
         self._where = where
         if not isinstance(value, dict):
             raise ValueError(f"{where} is not an object")
+        value = {**(defaults or {}), **value}
         if missing := sorted(set(names) - set(value)):
             raise ValueError(f"{where} lacks {', '.join(missing)}")
         if unknown := sorted(set(value) - set(names)):
