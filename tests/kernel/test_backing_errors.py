@@ -166,6 +166,27 @@ def test_full_tmpfs_reaches_the_writer_as_enospc_and_the_device_goes_on(
         path.unlink()
 
 
+def test_neighbouring_writes_that_do_not_all_fit_fail_each_for_itself(
+    device, backing_file, mounted, open_block, pattern, raises_errno, policy
+) -> None:
+    # Requests of one page, which reach the server together and are written as one.
+    with mounted("none", "-t", "tmpfs", "-o", "size=1m") as folder:
+        path = backing_file(8 * MIB, folder=folder)
+        dev = device(LoopTarget(path), policy=policy, max_io_buf_bytes=4 * KIB)
+        with open_block(dev.block_path) as client:
+            client.write(0, pattern(960 * KIB))
+            with raises_errno(errno.ENOSPC):
+                client.write(MIB, pattern(256 * KIB, 1))
+            fitted = path.stat().st_blocks * 512 - 960 * KIB
+            assert fitted == 64 * KIB
+            assert dev.hctxs[0].stats().nr_errors == (256 * KIB - fitted) // (4 * KIB)
+            assert client.read(MIB, fitted) == pattern(256 * KIB, 1)[:fitted]
+            client.write(0, pattern(960 * KIB, 2))
+        dev.delete()
+        assert path.read_bytes()[: 960 * KIB] == pattern(960 * KIB, 2)
+        path.unlink()
+
+
 @pytest.fixture
 def small_ext4(backing_file, attach_loop, mounted, run):
     """A folder on an ext4 of 8 MiB."""

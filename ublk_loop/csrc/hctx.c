@@ -414,6 +414,9 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 		h->stats.nr_inline++;
 		ul_hctx_commit(h, req);
 		break;
+	case UL_RQ_PLUGGED:
+		h->stats.nr_inline++;
+		break;
 	case UL_RQ_ASYNC:
 		hctx_queue_async(h, req);
 		break;

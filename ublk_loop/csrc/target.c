@@ -55,6 +55,11 @@
 
 #define ZEROES_BYTES	(64 * 1024)
 
+/* Neighbouring writes are one, up to so many and so much: what a call costs
+ * the file system does not weigh on more. */
+#define RUN_MAX		64
+#define RUN_BYTES_MAX	(256 * 1024)
+
 /* For file systems without FALLOC_FL_ZERO_RANGE; aligned for O_DIRECT. */
 static char zeroes[ZEROES_BYTES] __attribute__((aligned(4096)));
 
@@ -206,6 +211,7 @@ void ul_plug_init(struct ul_plug *plug)
 	plug->tail = &plug->head;
 	plug->nr_reads = 0;
 	plug->file_bytes = 0;
+	plug->run.first = NULL;
 }
 
 static void plug_add(struct ul_plug *plug, struct ul_request *req)
@@ -273,6 +279,66 @@ static int32_t loop_write(const struct ul_target *t, struct ul_request *req)
 	res = loop_write_from(t, req->buffer, req->nr_bytes, req->offset_bytes,
 			      req->nr_bytes, rwf);
 	return res ? res : (int32_t)req->nr_bytes;
+}
+
+/* ---- neighbouring writes ---- */
+
+static void run_begin(struct ul_write_run *run, struct ul_request *req)
+{
+	req->next = NULL;
+	run->first = req;
+	run->last = req;
+	run->nr = 1;
+	run->nr_bytes = req->nr_bytes;
+}
+
+/* Whether @req goes on where the run ends, and can be part of it. */
+static bool run_takes(const struct ul_write_run *run,
+		      const struct ul_request *req)
+{
+	const struct ul_request *last = run->last;
+
+	return run->nr < RUN_MAX && req->op == UBLK_IO_OP_WRITE &&
+	       !((last->op_flags | req->op_flags) & UBLK_IO_F_FUA) &&
+	       req->offset_bytes == last->offset_bytes + last->nr_bytes &&
+	       run->nr_bytes + req->nr_bytes <= RUN_BYTES_MAX &&
+	       req->hctx == last->hctx;
+}
+
+static void run_add(struct ul_write_run *run, struct ul_request *req)
+{
+	req->next = NULL;
+	run->last->next = req;
+	run->last = req;
+	run->nr++;
+	run->nr_bytes += req->nr_bytes;
+}
+
+static bool run_write_as_one(const struct ul_target *t,
+			     const struct ul_write_run *run)
+{
+	struct iovec iov[RUN_MAX];
+	unsigned int nr = 0;
+
+	for (struct ul_request *req = run->first; req; req = req->next) {
+		iov[nr].iov_base = req->buffer;
+		iov[nr++].iov_len = req->nr_bytes;
+	}
+	return pwritev2(t->config.fd, iov, nr, ul_target_pos(t, run->first),
+			0) == (ssize_t)run->nr_bytes;
+}
+
+/* Write it, and hand it back.  If not all went, each is written by itself: it
+ * has to have its own result. */
+static void run_execute(const struct ul_target *t, struct ul_write_run *run)
+{
+	bool is_done = run->nr > 1 && run_write_as_one(t, run);
+
+	for (struct ul_request *req = run->first; req; req = req->next)
+		req->res = is_done ? (int32_t)req->nr_bytes
+				   : loop_write(t, req);
+	ul_hctx_complete_list(run->first, run->last);
+	run->first = NULL;
 }
 
 static int32_t loop_flush(const struct ul_target *t)
@@ -431,6 +497,37 @@ static struct ul_request *target_next_ordered(struct ul_target *t)
 	return req;
 }
 
+/* Do the request and those that follow it as one; false: there are none, or a
+ * copy failed, which is then the way to tell why. */
+static bool ordered_run(struct ul_target *t, struct ul_request *req)
+{
+	struct ul_request *next = req->next;
+	struct ul_write_run run;
+
+	if (t->config.kind != UL_TARGET_LOOP ||
+	    t->config.policy == UL_POLICY_BASE || req->op != UBLK_IO_OP_WRITE)
+		return false;
+	run_begin(&run, req);
+	while (next && run_takes(&run, next)) {
+		struct ul_request *after = next->next;
+
+		run_add(&run, next);
+		next = after;
+	}
+	run.last->next = next;
+	for (req = run.first; run.nr > 1 && req != next; req = req->next) {
+		if (!req->copied_in && ul_hctx_copy_in(req))
+			return false;
+		req->copied_in = true;
+	}
+	if (run.nr == 1)
+		return false;
+	run.last->next = NULL;
+	t->writing = next;
+	run_execute(t, &run);
+	return true;
+}
+
 static int target_write_work(struct ul_work *work)
 {
 	struct ul_target *t = container_of(work, struct ul_target, write_work);
@@ -440,7 +537,8 @@ static int target_write_work(struct ul_work *work)
 	if (!req)
 		req = target_next_ordered(t);
 	while (req) {
-		if (request_run(t, req, work) == UL_WORK_ATTEND) {
+		if (!ordered_run(t, req) &&
+		    request_run(t, req, work) == UL_WORK_ATTEND) {
 			t->current = req;
 			return UL_WORK_ATTEND;
 		}
@@ -601,6 +699,20 @@ static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 		ul_map_find(t->map, req->offset_bytes, req->nr_bytes));
 }
 
+static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
+			    struct ul_request *req)
+{
+	struct ul_write_run *run = &plug->run;
+
+	if (run->first && run_takes(run, req)) {
+		run_add(run, req);
+		return;
+	}
+	if (run->first)
+		run_execute(t, run);
+	run_begin(run, req);
+}
+
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 				    struct ul_request *req)
 {
@@ -620,8 +732,8 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 		return UL_RQ_DONE;
 	req->copied_in = true;
 	if (auto_may_pwrite(t, plug, req)) {
-		req->res = loop_write(t, req);
-		return UL_RQ_DONE;
+		auto_plug_write(t, plug, req);
+		return UL_RQ_PLUGGED;
 	}
 	return is_async ? UL_RQ_ASYNC : UL_RQ_QUEUED;
 }
@@ -673,6 +785,8 @@ void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,
 	bool start;
 
 	plug->file_bytes = 0;
+	if (plug->run.first)
+		run_execute(t, &plug->run);
 	plug_queue_reads(t, wq, plug);
 	if (!plug->head)
 		return;

@@ -42,15 +42,27 @@ enum ul_rq_status {
 	UL_RQ_DONE,	/* req->res is set: commit it */
 	UL_RQ_QUEUED,	/* with the workqueue: ul_hctx_complete() will come */
 	UL_RQ_ASYNC,	/* buffer <-> file: the hctx's ring is to do it */
+	UL_RQ_PLUGGED,	/* will be done inline, at the end of the batch at the
+			 * latest; ul_hctx_complete() will come */
 };
 
 /* How many reads one work item may do at the most. */
 #define UL_READS_MAX	16
 
+/* Writes that follow each other in the file, and are done as one. */
+struct ul_write_run {
+	struct ul_request	*first;		/* linked by next; NULL: none */
+	struct ul_request	*last;
+	unsigned int		nr;
+	uint64_t		nr_bytes;
+};
+
 /* What a hctx and a target keep for the length of one batch: the writes that
- * are on their way to the ordered list, in order, and reads for the workqueue.
+ * are on their way to the ordered list, in order, reads for the workqueue, and
+ * the writes that are done inline next.
  */
 struct ul_plug {
+	struct ul_write_run	run;		/* policy auto */
 	struct ul_request	*head;
 	struct ul_request	**tail;
 	struct ul_request	*reads[UL_READS_MAX];
