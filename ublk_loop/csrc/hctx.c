@@ -300,21 +300,23 @@ bool ul_hctx_is_user_copy(const struct ul_request *req)
 	return hctx_is_user_copy(req->hctx) && !req->is_shared;
 }
 
-int ul_hctx_user_copy(struct ul_request *req, void *data)
+int ul_hctx_user_copy_part(struct ul_request *req, void *data,
+			   uint64_t offset_bytes, uint64_t nr_bytes)
 {
 	const struct ul_hctx *h = req->hctx;
 	int fd = h->thread->cdev_fd;
-	uint64_t pos = ublk_user_copy_pos(h->config.q_id, req->tag, 0);
+	uint64_t pos =
+		ublk_user_copy_pos(h->config.q_id, req->tag, offset_bytes);
 	uint64_t done = 0;
 	ssize_t n;
 
-	while (done < req->nr_bytes) {
+	while (done < nr_bytes) {
 		if (req->op == UBLK_IO_OP_WRITE)
-			n = pread(fd, (char *)data + done, req->nr_bytes - done,
+			n = pread(fd, (char *)data + done, nr_bytes - done,
 				  pos + done);
 		else
-			n = pwrite(fd, (char *)data + done,
-				   req->nr_bytes - done, pos + done);
+			n = pwrite(fd, (char *)data + done, nr_bytes - done,
+				   pos + done);
 		if (n > 0)
 			done += n;
 		else if (n == 0)
@@ -323,6 +325,11 @@ int ul_hctx_user_copy(struct ul_request *req, void *data)
 			return -errno;
 	}
 	return 0;
+}
+
+int ul_hctx_user_copy(struct ul_request *req, void *data)
+{
+	return ul_hctx_user_copy_part(req, data, 0, req->nr_bytes);
 }
 
 int ul_hctx_copy_in(struct ul_request *req)

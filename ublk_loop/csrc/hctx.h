@@ -19,6 +19,8 @@ bool ul_hctx_is_user_copy(const struct ul_request *req);
 /* Whether its pages are in the ring's buffer table: UL_RQ_ASYNC needs no copy. */
 bool ul_hctx_is_registered(const struct ul_request *req);
 int ul_hctx_user_copy(struct ul_request *req, void *data);
+int ul_hctx_user_copy_part(struct ul_request *req, void *data,
+			   uint64_t offset_bytes, uint64_t nr_bytes);
 /* The same between driver and buffer where UBLK_F_USER_COPY
  * leaves that to us; any thread.  0 or -errno; nothing to do in copy mode. */
 int ul_hctx_copy_in(struct ul_request *req);
