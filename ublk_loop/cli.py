@@ -643,7 +643,7 @@ def delete(
     done = [delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
     if as_json:
         click.echo(json.dumps(done, indent=2))
-    _exit_if_failed(done)
+    exit_if_failed(done)
 
 
 def _came_from_command_line(name: str) -> bool:
@@ -767,7 +767,7 @@ def recover(dev_id: int | None, everything: bool, as_json: bool) -> None:
         click.echo(json.dumps({"recovered": documents, "orphans": orphans}, indent=2))
     else:
         click.echo("".join(one["done"] for one in done if one["done"]), nl=False)
-    _exit_if_failed(done)
+    exit_if_failed(done)
 
 
 def _recover_one(dev_id: int, as_json: bool) -> str:
@@ -809,7 +809,7 @@ def upgrade(dev_id: int | None, everything: bool, as_json: bool) -> None:
         for one in done:
             if one["done"]:
                 click.echo(_upgrade_text(one["dev_id"], one["done"]))
-    _exit_if_failed(done)
+    exit_if_failed(done)
 
 
 def _upgrade_one(dev_id: int, by_daemon: bool) -> Any:
@@ -859,7 +859,8 @@ def _tried(dev_id: int, function: Callable[[], Any]) -> dict[str, Any]:
         return {"dev_id": dev_id, "done": None, "error": str(error)}
 
 
-def _exit_if_failed(done: list[dict[str, Any]]) -> None:
+def exit_if_failed(done: list[dict[str, Any]]) -> None:
+    """End with 1 if one of what was done to devices has an error."""
     if any(one["error"] for one in done):
         sys.exit(1)
 

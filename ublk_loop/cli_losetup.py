@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,8 +171,7 @@ def _detach(names: Sequence[str], *, everything: bool) -> None:
         dev_ids = [_dev_id(str(one["NAME"])) for one in _rows()]
     # As the loop driver does: one that is in use goes when its last user does.
     done = [cli.delete_one(each, no_wait=False, force=False, lazy=True) for each in dev_ids]
-    if any(one["error"] for one in done):
-        sys.exit(1)
+    cli.exit_if_failed(done)
 
 
 def _set_capacity(name: str) -> None:

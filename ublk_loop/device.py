@@ -32,7 +32,7 @@ from .hctx import HardwareContext
 from .iothread import IoThread
 from .params import Params, params_for
 from .shmem import MAX_FILES, SharedMemory
-from .state import SharedFile
+from .state import DATA_FLAGS, SharedFile
 from .target import LoopTarget, NativeTarget, Target, check_policy
 from .workqueue import Workqueue
 
@@ -59,14 +59,6 @@ RECOVERY_FLAGS = (
     | uapi.UBLK_F_USER_RECOVERY_REISSUE
     | uapi.UBLK_F_USER_RECOVERY_FAIL_IO
 )
-# How the data goes between driver and server: the driver copies it from and to a buffer of ours; we
-# copy it by pread and pwrite on ublkcN; or the ring reads and writes the client's own pages, and
-# what it cannot do is done as usercopy has it.
-DATA_MODES = {
-    "copy": 0,
-    "usercopy": uapi.UBLK_F_USER_COPY,
-    "zerocopy": uapi.UBLK_F_AUTO_BUF_REG | uapi.UBLK_F_USER_COPY,
-}
 # How long an hctx spins at most, where it may: long enough for a client that waits for one small
 # request, is woken in a virtual machine, and sends the next. Usually it spins for less.
 POLL_US = 1000
@@ -145,7 +137,7 @@ class Device:
         :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
         :param batch: whether to fetch and commit in batches (UBLK_F_BATCH_IO); default: where the
             driver has it and ``flags`` allow it.
-        :param data: one of DATA_MODES, or ``auto``: the fastest for this target and driver.
+        :param data: one of DATA_FLAGS, or ``auto``: the fastest for this target and driver.
         :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
             hctx that has one CPU to run on never spins.
         :param nr_threads: threads that share the queues; default: one a queue.
@@ -397,22 +389,26 @@ class Device:
             self.hctxs.append(hctx)
 
     def _share(self, native: NativeTarget, files: Sequence[SharedFile]) -> None:
-        self.shared_files = tuple(files)
-        for index, file in enumerate(files):
-            try:
-                memory = SharedMemory(file)
-            except BackingFileError as error:
-                if not self._recovering:
-                    raise
-                _log.warning("dev %d: %s: its requests are copied", self.dev_id, error)
-                continue
-            self._resources.callback(memory.close)
+        self.shared_files = tuple(
+            self._share_one(native, index, file) for index, file in enumerate(files)
+        )
+
+    def _share_one(self, native: NativeTarget, index: int, file: SharedFile) -> SharedFile:
+        # Returns what the file has to be from now on.
+        try:
+            memory = SharedMemory(file)
+        except BackingFileError as error:
             if not self._recovering:
-                registered = memory.register(self._control, self.dev_id)
-                if registered != index:
-                    raise DriverError(errno.EPROTO, f"REG_BUF dev {self.dev_id}")
-            native.share(index, memory.address, memory.nr_bytes)
-            self.shared_files = (*self.shared_files[:index], memory.file, *files[index + 1 :])
+                raise
+            _log.warning("dev %d: %s: its requests are copied", self.dev_id, error)
+            return file
+        self._resources.callback(memory.close)
+        if not self._recovering:
+            registered = memory.register(self._control, self.dev_id)
+            if registered != index:
+                raise DriverError(errno.EPROTO, f"REG_BUF dev {self.dev_id}")
+        native.share(index, memory.address, memory.nr_bytes)
+        return memory.file
 
     def _join(self, deadline: float) -> None:
         for thread in self.threads:
@@ -464,14 +460,14 @@ def _closed_on_error(target: Target) -> Iterator[None]:
 
 def _data_flags(data: str, best: str, flags: int, features: int) -> int:
     # ``auto`` is the best for the target, as far as the driver's features allow.
-    if data in DATA_MODES:
-        return DATA_MODES[data]
+    if data in DATA_FLAGS:
+        return DATA_FLAGS[data]
     if data != "auto":
-        raise ValueError(f"data mode {data!r} is none of auto, {', '.join(DATA_MODES)}")
+        raise ValueError(f"data mode {data!r} is none of auto, {', '.join(DATA_FLAGS)}")
     # The driver refuses all but copy to a plain user, and drops NEED_GET_DATA for it. With a mode
     # in ``flags`` there is nothing to choose.
-    denied = uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA | DATA_MODES["zerocopy"]
-    wanted = DATA_MODES[best]
+    denied = uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA | DATA_FLAGS["zerocopy"]
+    wanted = DATA_FLAGS[best]
     return 0 if flags & denied or wanted & ~features else wanted
 
 
@@ -547,4 +543,4 @@ def _open_char_device(path: str, deadline: float) -> int:
         time.sleep(0.005)
 
 
-__all__ = ["ANY_DEV_ID", "DATA_MODES", "SUPPORTED_FLAGS", "Device"]
+__all__ = ["ANY_DEV_ID", "SUPPORTED_FLAGS", "Device"]

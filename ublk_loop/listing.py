@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import uapi
+from .state import DATA_FLAGS
 
 if TYPE_CHECKING:
     from .control import DevInfo
@@ -154,9 +155,7 @@ def verbose_text(info: DevInfo, params: Params, state: DeviceState | None) -> st
 
 def data_mode(flags: int) -> str:
     """Return how the data of a device with these UBLK_F_* goes, as ``ublk add --data`` names it."""
-    if flags & uapi.UBLK_F_AUTO_BUF_REG:
-        return "zerocopy"
-    return "usercopy" if flags & uapi.UBLK_F_USER_COPY else "copy"
+    return next(mode for mode, bits in reversed(DATA_FLAGS.items()) if flags & bits == bits)
 
 
 def target_document(state: DeviceState) -> dict[str, Any]:

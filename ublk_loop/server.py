@@ -184,7 +184,7 @@ def _needed_capabilities(spec: TargetSpec) -> list[int]:
 
 
 def _make_device(control: Control, target: Target, request: Request, sandbox: Sandbox) -> Device:
-    from .device import DATA_MODES, SUPPORTED_FLAGS, Device
+    from .device import SUPPORTED_FLAGS, Device
 
     options = request.options
     if request.recover:
@@ -200,7 +200,7 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
             sandbox=sandbox,
         )
     flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
-    flags |= DATA_MODES.get(options.data, 0)
+    flags |= state.DATA_FLAGS.get(options.data, 0)
     flags |= uapi.UBLK_F_SHMEM_ZC if options.shared_files else 0
     try:
         check_flags(flags, SUPPORTED_FLAGS, control.get_features())

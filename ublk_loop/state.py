@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
+from . import uapi
 from .errors import DaemonError
 from .paths import state_dir as state_dir
 
@@ -26,7 +27,16 @@ MAX_NR_HW_QUEUES = 4096
 MAX_QUEUE_DEPTH = 4096
 MAX_NR_CPUS = 1 << 16
 POLICIES = ("auto", "2014", "base")
-DATA_MODES = ("auto", "copy", "usercopy", "zerocopy")
+# How the data goes between driver and server, and the UBLK_F_* of each: the driver copies it from
+# and to a buffer of ours; we copy it by pread and pwrite on ublkcN; or the ring reads and writes
+# the client's own pages, and what it cannot do is done as usercopy has it. Each has the flags of
+# those before it.
+DATA_FLAGS = {
+    "copy": 0,
+    "usercopy": uapi.UBLK_F_USER_COPY,
+    "zerocopy": uapi.UBLK_F_AUTO_BUF_REG | uapi.UBLK_F_USER_COPY,
+}
+DATA_MODES = ("auto", *DATA_FLAGS)
 MAX_SHARED_FILES = 16
 MAX_POLL_US = 1_000_000
 MAX_DEADLINE_S = 86_400

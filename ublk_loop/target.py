@@ -121,7 +121,7 @@ class Target:
 
     @property
     def best_data(self) -> str:
-        """How its data is moved fastest: one of DATA_MODES of device.py."""
+        """How its data is moved fastest: one of DATA_FLAGS of state.py."""
         return "copy"
 
     def _defines(self, method: str) -> bool:

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from ublk_loop import uapi
-from ublk_loop.device import DATA_MODES
 from ublk_loop.errors import BackingFileError, DriverError
 from ublk_loop.shmem import SharedMemory
-from ublk_loop.state import SharedFile
+from ublk_loop.state import DATA_FLAGS, SharedFile
 from ublk_loop.target import LoopTarget
 
 KIB = 1 << 10
@@ -36,8 +35,8 @@ def test_auto_chooses_the_data_mode_by_the_file_as_far_as_the_driver_can(
 ) -> None:
     path = backing_file(MIB, folder=ext4_folder if on_ext4 else tmp_path)
     dev = device(LoopTarget(path, direct=direct))
-    flags = DATA_MODES[wanted]
-    chosen = dev.info.flags & DATA_MODES["zerocopy"]
+    flags = DATA_FLAGS[wanted]
+    chosen = dev.info.flags & DATA_FLAGS["zerocopy"]
     assert chosen == (0 if flags & ~features else flags)
 
 

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_mounted_file_system_goes_on_when_its_server_is_killed_again_and_again(
         for _ in range(NR_KILLS):
             done = writer.nr_written
             pids.add(daemon.kill_server(added["dev_id"], wait_until))
-            wait_until(lambda done=done: writer.goes_on(done), timeout_s=60)  # type: ignore[misc]
+            wait_until(partial(writer.goes_on, done), timeout_s=60)
     assert writer.errors == []
     assert len(pids) == NR_KILLS + 1
     with mounted(added["block_device"], "-o", "ro") as folder:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import in_child
 from click.testing import Result
 
 from ublk_loop.sandbox import CAP_FOWNER, CAP_SYS_ADMIN, Sandbox
@@ -48,20 +49,12 @@ def _libc_call(name: str, *arguments: Any) -> Callable[[], None]:
 
 def _confined(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
     """What becomes of each attempt in a process that is confined as a server's main thread."""
-    read_fd, write_fd = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            Sandbox().confine_main()
-            answers = {name: _errno_of(attempt) for name, attempt in attempts.items()}
-            os.write(write_fd, json.dumps(answers).encode())
-        finally:
-            os._exit(0)
-    os.close(write_fd)
-    with open(read_fd, "rb") as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    answers: dict[str, str] = json.loads(text)
+
+    def probe() -> dict[str, str]:
+        Sandbox().confine_main()
+        return {name: _errno_of(attempt) for name, attempt in attempts.items()}
+
+    answers: dict[str, str] = in_child(probe)
     return answers
 
 

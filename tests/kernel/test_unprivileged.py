@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import in_child
 from click.testing import CliRunner
 from servers import reap_children
 
@@ -77,23 +78,16 @@ def as_user(tmp_path: Path) -> User:
         if not state_dir.exists():
             state_dir.mkdir(mode=0o700)
             os.chown(state_dir, uid, uid)
-        read_fd, write_fd = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.environ["UBLK_LOOP_STATE_DIR"] = str(state_dir)
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-                ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as after exec
-                os.write(write_fd, json.dumps(function()).encode())
-            finally:
-                os._exit(0)
-        os.close(write_fd)
-        with open(read_fd, "rb") as pipe:
-            text = pipe.read()
-        os.waitpid(pid, 0)
-        return json.loads(text)
+
+        def become_user() -> Any:
+            os.environ["UBLK_LOOP_STATE_DIR"] = str(state_dir)
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as after exec
+            return function()
+
+        return in_child(become_user)
 
     return as_user
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_device_under_a_mounted_file_system_is_upgraded_with_all_data_and_no_err
         for _ in range(3):
             before = writer.nr_written
             done.append(_upgrade(daemon, dev_id))
-            wait_until(lambda before=before: writer.goes_on(before), timeout_s=60)  # type: ignore[misc]
+            wait_until(partial(writer.goes_on, before), timeout_s=60)
     print("upgrades:", done)
     assert writer.errors == []
     assert [each["was_killed"] for each in done] == [False] * 4

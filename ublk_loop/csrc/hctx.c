@@ -346,6 +346,13 @@ int ul_hctx_copy_out(struct ul_request *req)
 	return ul_hctx_user_copy(req, req->buffer);
 }
 
+void ul_hctx_end(struct ul_request *req, int32_t res)
+{
+	int ret = res < 0 ? 0 : ul_hctx_copy_out(req);
+
+	req->res = ret ? ret : res;
+}
+
 /* ---- run ---- */
 
 static void hctx_count(struct ul_hctx *h, const struct ul_request *req)
@@ -464,23 +471,18 @@ static void hctx_handle_fetch(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		ul_iothread_set_fault(h->thread, ret);
 }
 
-/* Short, refused for now, or for how the client's memory lies (EINVAL): the
- * workqueue does all of it again, from or to our buffer, and waits. */
+/* What the ring left undone the workqueue does again, all of it. */
 static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
 			      int res)
 {
-	if (res == -EAGAIN || res == -EINTR || res == -EINVAL ||
-	    (res >= 0 && res < (int)req->nr_bytes)) {
+	if (ul_request_is_undone(req, res)) {
 		ul_target_queue_work(h->target, h->wq, &h->plug, req);
 		return;
 	}
-	req->res = res;
-	if (res >= 0 && !ul_hctx_is_registered(req)) {
-		int ret = ul_hctx_copy_out(req);
-
-		if (ret)
-			req->res = ret;
-	}
+	if (ul_hctx_is_registered(req))
+		req->res = res;
+	else
+		ul_hctx_end(req, res);
 	ul_hctx_commit(h, req);
 }
 

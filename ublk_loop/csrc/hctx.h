@@ -25,6 +25,8 @@ int ul_hctx_user_copy_part(struct ul_request *req, void *data,
  * leaves that to us; any thread.  0 or -errno; nothing to do in copy mode. */
 int ul_hctx_copy_in(struct ul_request *req);
 int ul_hctx_copy_out(struct ul_request *req);
+/* Set a request's result, and have its data where the client reads it. */
+void ul_hctx_end(struct ul_request *req, int32_t res);
 
 /* ---- for iothread.c, on its thread ---- */
 

@@ -101,34 +101,17 @@ int ul_iothread_add(struct ul_iothread *t, struct ul_hctx *h)
 
 static int iothread_make_ring(struct ul_iothread *t)
 {
-	/* Best first; a kernel that lacks a flag says -EINVAL. */
-	static const unsigned int setups[] = {
-		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-			IORING_SETUP_TASKRUN_FLAG,
-		IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
-		0,
-	};
 	int files[] = { t->cdev_fd, ul_target_fd(t->target),
 			ul_target_direct_fd(t->target) };
 	unsigned int nr_entries = t->nr_tags + 4 * t->nr_hctxs;
-	int ret = -EINVAL;
+	int ret;
 
 	if (nr_entries > ENTRIES_MAX)
 		nr_entries = ENTRIES_MAX;
-
-	for (size_t i = 0; ret == -EINVAL && i < 3; i++) {
-		struct io_uring_params p = {
-			.flags = setups[i] | IORING_SETUP_CQSIZE,
-			.cq_entries = 2 * nr_entries,
-		};
-
-		ret = io_uring_queue_init_params(nr_entries, &t->ring.uring,
-						 &p);
-	}
+	ret = ul_uring_init(&t->ring.uring, nr_entries, true);
 	if (ret)
 		return ret;
 	t->ring_made = true;
-	io_uring_register_ring_fd(&t->ring.uring);	/* only saves time */
 	ret = io_uring_register_files(&t->ring.uring, files, 3);
 	if (!ret && t->has_buf_table)
 		ret = io_uring_register_buffers_sparse(&t->ring.uring,

@@ -19,6 +19,7 @@
 
 #include "hctx.h"
 #include "reads.h"
+#include "ring.h"
 
 static pthread_key_t ring_key;
 static pthread_once_t ring_key_once = PTHREAD_ONCE_INIT;
@@ -35,23 +36,6 @@ static void ring_key_make(void)
 	pthread_key_create(&ring_key, ring_free);
 }
 
-static int ring_make(struct io_uring *ring)
-{
-	/* Best first; a kernel that lacks a flag says -EINVAL. */
-	static const unsigned int setups[] = {
-		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
-		IORING_SETUP_COOP_TASKRUN,
-		0,
-	};
-	int ret = -EINVAL;
-
-	for (size_t i = 0; ret == -EINVAL && i < 3; i++)
-		ret = io_uring_queue_init(UL_READS_MAX, ring, setups[i]);
-	if (!ret)
-		io_uring_register_ring_fd(ring);	/* only saves time */
-	return ret;
-}
-
 static struct io_uring *thread_ring(void)
 {
 	struct io_uring *ring;
@@ -63,7 +47,7 @@ static struct io_uring *thread_ring(void)
 	ring = calloc(1, sizeof(*ring));
 	if (!ring)
 		return NULL;
-	if (ring_make(ring)) {
+	if (ul_uring_init(ring, UL_READS_MAX, false)) {
 		free(ring);
 		return NULL;
 	}

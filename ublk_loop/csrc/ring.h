@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * ring.h - what an iothread and the parts of its hctxs agree on about their
- * io_uring and memory.
+ * ring.h - how rings are made, and what an iothread and the parts of its hctxs
+ * agree on about theirs, and about memory.
  */
 #ifndef UL_RING_H
 #define UL_RING_H
 
+#include <errno.h>
 #include <liburing.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <unistd.h>
@@ -36,6 +38,31 @@ struct ul_ring {
 	struct io_uring	uring;		/* P: owned by the iothread */
 	unsigned int	nr_commits;	/* BATCH_IO: queued, cqe not yet seen */
 };
+
+/* A ring for one thread, the best that the kernel has: one that lacks a flag
+ * says -EINVAL.  With @taskrun_flag it says in shared memory that something
+ * waits.  There is room for twice @nr_entries cqes. */
+static inline int ul_uring_init(struct io_uring *uring, unsigned int nr_entries,
+				bool taskrun_flag)
+{
+	static const unsigned int setups[] = {
+		IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+		IORING_SETUP_COOP_TASKRUN,
+		0,
+	};
+	unsigned int flags;
+	int ret = -EINVAL;
+
+	for (size_t i = 0; ret == -EINVAL && i < 3; i++) {
+		flags = setups[i];
+		if (flags && taskrun_flag)
+			flags |= IORING_SETUP_TASKRUN_FLAG;
+		ret = io_uring_queue_init(nr_entries, uring, flags);
+	}
+	if (!ret)
+		io_uring_register_ring_fd(uring);	/* only saves time */
+	return ret;
+}
 
 static inline size_t ul_page_round_up(size_t nr_bytes)
 {

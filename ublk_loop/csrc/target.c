@@ -19,9 +19,10 @@
  * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
  * file system can do that without one of io_uring's own threads; in memory
  * (tmpfs) it is done inline.  The first read of a cold page goes past the page
- * cache, which it need not evict anything from.  A write is copied to the mapping in memory only;
- * on a disk it is an inline pwrite if it overwrites resident pages.  Everything
- * else goes the way of 2014: writes that allocate or must read first, flushes,
+ * cache, which it need not evict anything from.  A write is copied to the
+ * mapping in memory only; on a disk it is an inline pwrite if it overwrites
+ * resident pages, together with its neighbours in the batch.  Everything else
+ * goes the way of 2014: writes that allocate or must read first, flushes,
  * discards, all of a network file system.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
@@ -292,7 +293,6 @@ static int32_t loop_write(const struct ul_target *t, struct ul_request *req)
 
 static void run_begin(struct ul_write_run *run, struct ul_request *req)
 {
-	req->next = NULL;
 	run->first = req;
 	run->last = req;
 	run->nr = 1;
@@ -312,10 +312,9 @@ static bool run_takes(const struct ul_write_run *run,
 	       req->hctx == last->hctx;
 }
 
-static void run_add(struct ul_write_run *run, struct ul_request *req)
+/* @req is linked behind the last one. */
+static void run_extend(struct ul_write_run *run, struct ul_request *req)
 {
-	req->next = NULL;
-	run->last->next = req;
 	run->last = req;
 	run->nr++;
 	run->nr_bytes += req->nr_bytes;
@@ -438,11 +437,7 @@ static int request_run(struct ul_target *t, struct ul_request *req,
 		}
 	}
 	req->attending = false;
-	if (req->res >= 0) {
-		ret = ul_hctx_copy_out(req);
-		if (ret)
-			req->res = ret;
-	}
+	ul_hctx_end(req, req->res);
 	ul_hctx_complete(req);
 	return UL_WORK_DONE;
 }
@@ -450,15 +445,9 @@ static int request_run(struct ul_target *t, struct ul_request *req,
 /* A read that the ring of its worker has done; again if that must wait. */
 static void read_end(struct ul_request *req, int32_t res)
 {
-	if (res == -EAGAIN || res == -EINTR || res == -EINVAL ||
-	    (res >= 0 && res < (int32_t)req->nr_bytes))
+	if (ul_request_is_undone(req, res))
 		res = loop_read(req->target, req);
-	req->res = res;
-	if (res >= 0) {
-		res = ul_hctx_copy_out(req);
-		if (res)
-			req->res = res;
-	}
+	ul_hctx_end(req, res);
 }
 
 /* One after another, as none waits; handed back as one. */
@@ -508,27 +497,22 @@ static struct ul_request *target_next_ordered(struct ul_target *t)
  * copy failed, which is then the way to tell why. */
 static bool ordered_run(struct ul_target *t, struct ul_request *req)
 {
-	struct ul_request *next = req->next;
 	struct ul_write_run run;
+	struct ul_request *next;
 
 	if (t->config.kind != UL_TARGET_LOOP ||
 	    t->config.policy == UL_POLICY_BASE || req->op != UBLK_IO_OP_WRITE)
 		return false;
 	run_begin(&run, req);
-	while (next && run_takes(&run, next)) {
-		struct ul_request *after = next->next;
-
-		run_add(&run, next);
-		next = after;
-	}
-	run.last->next = next;
-	for (req = run.first; run.nr > 1 && req != next; req = req->next) {
+	for (next = req->next; next && run_takes(&run, next); next = next->next)
+		run_extend(&run, next);
+	if (run.nr == 1)
+		return false;
+	for (; req != next; req = req->next) {
 		if (!req->copied_in && ul_hctx_copy_in(req))
 			return false;
 		req->copied_in = true;
 	}
-	if (run.nr == 1)
-		return false;
 	run.last->next = NULL;
 	t->writing = next;
 	run_execute(t, &run);
@@ -619,14 +603,6 @@ uint64_t ul_target_pos(const struct ul_target *t, const struct ul_request *req)
 
 /* ---- policy auto ---- */
 
-static enum ul_rq_status auto_finish(struct ul_request *req, int32_t res)
-{
-	int ret = res < 0 ? res : ul_hctx_copy_out(req);
-
-	req->res = ret ? ret : res;
-	return UL_RQ_DONE;
-}
-
 /*
  * Whether the mapping may serve a request: not behind the end of a file that
  * was cut inside a page, where memory takes a write and the file does not.
@@ -687,7 +663,8 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 	}
 	switch (t->cold) {
 	case COLD_INLINE:
-		return auto_finish(req, loop_read(t, req));
+		ul_hctx_end(req, loop_read(t, req));
+		return UL_RQ_DONE;
 	case COLD_ASYNC:
 		req->past_cache = auto_reads_past_cache(t, req);
 		return UL_RQ_ASYNC;
@@ -711,8 +688,10 @@ static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
 {
 	struct ul_write_run *run = &plug->run;
 
+	req->next = NULL;
 	if (run->first && run_takes(run, req)) {
-		run_add(run, req);
+		run->last->next = req;
+		run_extend(run, req);
 		return;
 	}
 	if (run->first)
@@ -803,8 +782,8 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 	}
 	if (t->config.kind == UL_TARGET_NULL) {
 		/* A discard's length may not fit a result; 0 says as much. */
-		req->res = ul_op_has_data(req->op) ? (int32_t)req->nr_bytes : 0;
-		return auto_finish(req, req->res);
+		ul_hctx_end(req, ul_op_has_data(req->op) ? req->nr_bytes : 0);
+		return UL_RQ_DONE;
 	}
 	if (t->config.policy == UL_POLICY_AUTO)
 		status = target_queue_auto(t, plug, req);

@@ -5,6 +5,7 @@
 #ifndef UL_TARGET_H
 #define UL_TARGET_H
 
+#include <errno.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -73,6 +74,16 @@ struct ul_plug {
 static inline bool ul_op_has_data(uint8_t op)
 {
 	return op == UBLK_IO_OP_READ || op == UBLK_IO_OP_WRITE;
+}
+
+/* io_uring's answer was short, refused for now, or for how the client's memory
+ * lies (EINVAL): the request is to be done again, from or to our buffer, by who
+ * may wait. */
+static inline bool ul_request_is_undone(const struct ul_request *req,
+					int32_t res)
+{
+	return res == -EAGAIN || res == -EINTR || res == -EINVAL ||
+	       (res >= 0 && res < (int32_t)req->nr_bytes);
 }
 
 void ul_plug_init(struct ul_plug *plug);
