@@ -88,7 +88,7 @@ def _dev_id(name: str) -> int:
 
 
 def _words(name: str, table: Any) -> tuple[str, ...]:
-    from . import cli
+    from . import cli_add
 
     where = f"device.{name}"
     if not isinstance(table, dict):
@@ -99,7 +99,7 @@ def _words(name: str, table: Any) -> tuple[str, ...]:
         for one in value if is_list else [value]:
             words += _option(where, key, one)
     try:
-        cli.check_add(words)
+        cli_add.check_add(words)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     paths = table.get("shmem", [])

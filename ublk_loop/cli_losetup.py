@@ -1,8 +1,8 @@
 """``ublk losetup``: the losetup command of util-linux, for devices that ublk_loop serves.
 
-In: losetup's command line. Out: what ``add``, ``del`` and ``list`` of cli.py do, and text in
+In: losetup's command line. Out: what ``add``, ``del`` and ``list`` do, and text in
 losetup's formats (losetup.py). What a ublk device cannot do is refused with one line that says what
-can be done instead. Runs in the CLI; cli.py imports it when it is asked for.
+can be done instead. Runs in the CLI.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any
 
 import click
 
-from . import cli, uapi
 from . import losetup as formats
+from . import uapi
+from .cli_add import add_device, parse_bytes
+from .cli_base import CONTEXT, exit_if_failed
+from .cli_del import delete_one
+from .cli_list import known_devices
 from .errors import BackingFileError, DaemonError
 
 _SECTOR_SIZES = click.Choice(["512", "1024", "2048", "4096"])
@@ -35,7 +39,7 @@ class _Command(click.Command):
 def _offset(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
     if text is None:
         return None
-    nr_bytes = cli.parse_bytes(text)
+    nr_bytes = parse_bytes(text)
     if nr_bytes % uapi.SECTOR_BYTES or nr_bytes >= 1 << 63:
         raise click.BadParameter(f"{text!r} is not a multiple of 512 bytes below 8E")
     return nr_bytes
@@ -45,7 +49,7 @@ def _sizelimit(_: click.Context, __: click.Parameter, text: str | None) -> int |
     if text is None:
         return None
     # As the loop driver, which counts whole sectors.
-    return cli.parse_bytes(text) // uapi.SECTOR_BYTES * uapi.SECTOR_BYTES or None
+    return parse_bytes(text) // uapi.SECTOR_BYTES * uapi.SECTOR_BYTES or None
 
 
 def _columns(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -58,7 +62,7 @@ def _columns(_: click.Context, __: click.Parameter, text: str | None) -> tuple[s
 @click.command(
     "losetup",
     cls=_Command,
-    context_settings=cli.CONTEXT,
+    context_settings=CONTEXT,
     short_help="The same as losetup of util-linux.",
     epilog="\b\nColumns:\n" + _COLUMN_HELP,
 )
@@ -117,7 +121,7 @@ def losetup(names: tuple[str, ...], **given: Any) -> None:
 def _attach(dev_id: int | None, path: str, given: dict[str, Any]) -> None:
     name = _same_device(path, given) if given["nooverlap"] and dev_id is None else None
     if name is None:
-        name = cli.add_device(_add_words(dev_id, path, given))["block_device"]
+        name = add_device(_add_words(dev_id, path, given))["block_device"]
     if given["show"]:
         click.echo(name)
 
@@ -170,8 +174,8 @@ def _detach(names: Sequence[str], *, everything: bool) -> None:
     if everything:
         dev_ids = [_dev_id(str(one["NAME"])) for one in _rows()]
     # As the loop driver does: one that is in use goes when its last user does.
-    done = [cli.delete_one(each, no_wait=False, force=False, lazy=True) for each in dev_ids]
-    cli.exit_if_failed(done)
+    done = [delete_one(each, no_wait=False, force=False, lazy=True) for each in dev_ids]
+    exit_if_failed(done)
 
 
 def _set_capacity(name: str) -> None:
@@ -215,7 +219,7 @@ def _print(rows: list[formats.Row], given: dict[str, Any], *, as_line: bool) -> 
 
 
 def _rows(dev_id: int | None = None) -> list[formats.Row]:
-    found = (formats.row(*one) for one in cli.known_devices(dev_id))
+    found = (formats.row(*one) for one in known_devices(dev_id))
     return [one for one in found if one is not None]
 
 

@@ -29,10 +29,11 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from . import boot, cli, events, listing, log, paths, process, protocol, server, state, systemd
+from . import boot, cli_add, events, listing, log, paths, process, protocol, server, state, systemd
 from .errors import DaemonError, UblkLoopError
 from .launch import LAUNCH_TIMEOUT_S, Launch
 from .protocol import EXIT_DO_IT_YOURSELF, Reply
+from .serve import serve_new, serve_recovery, serve_upgrade
 from .supervise import Supervised, let_go
 
 MAX_SESSIONS = 512
@@ -84,7 +85,7 @@ class Daemon:
 
     def _supervised(self, dev_id: int) -> Supervised:
         if dev_id not in self._devices:
-            self._devices[dev_id] = Supervised(self.loop, dev_id, cli.serve_recovery, self._forget)
+            self._devices[dev_id] = Supervised(self.loop, dev_id, serve_recovery, self._forget)
         return self._devices[dev_id]
 
     def _forget(self, dev_id: int) -> None:
@@ -160,7 +161,7 @@ class Daemon:
             what = f"upgrade dev {request.dev_id}"
             done(None, DaemonError(errno.ENOENT, what, "the daemon serves no such device"))
             return
-        device.upgrade(done, cli.serve_upgrade(request.dev_id))
+        device.upgrade(done, serve_upgrade(request.dev_id))
 
     def _reload(self, request: protocol.Reload, session: _Session) -> None:
         is_busy = any(device.phase != "SERVED" for device in self._devices.values())
@@ -247,7 +248,7 @@ class Adding:
             self._done(_refusal(error))
             return
         wish = server.Request(options, spec, dev_id=dev_id)
-        serve = cli.serve_new(wish, as_json=as_json, two_lines=self._two_lines)
+        serve = serve_new(wish, as_json=as_json, two_lines=self._two_lines)
         self._launch = Launch.fork(wish.what, serve)
         self._timer = self._loop.call_later(LAUNCH_TIMEOUT_S, self._timed_out)
         self._loop.watch(self._launch.report_fd, self._reported)
@@ -392,7 +393,7 @@ class _Session:
 
 def _read_words(request: protocol.Add) -> bytes:
     try:
-        wish, as_json = cli.read_words(request)
+        wish, as_json = cli_add.read_words(request)
     except ValueError as error:
         return protocol.pack_report(**protocol.pack_error(error))
     return protocol.pack_wish(wish.dev_id, wish.options, wish.spec, as_json)

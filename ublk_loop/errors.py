@@ -1,7 +1,7 @@
 """The exceptions of ublk_loop; each is an OSError with errno set.
 
-Raised on any thread; only cli.py turns them into text for a person. A failed *request* is none of
-these: it is a negative errno, committed for its tag. Bad arguments are ValueError.
+Raised on any thread; only the cli modules turn them into text for a person. A failed *request* is
+none of these: it is a negative errno, committed for its tag. Bad arguments are ValueError.
 """
 
 from __future__ import annotations

@@ -300,11 +300,12 @@ def test_recover_fails_and_the_device_still_waits_when_the_file_is_gone(
 
 
 def test_del_kills_a_server_that_hangs(
-    here: Here, monkeypatch: pytest.MonkeyPatch, open_block: Any
+    here: Here, monkeypatch: pytest.MonkeyPatch, open_block: Any, wait_until: WaitUntil
 ) -> None:
     monkeypatch.setattr(manage, "STOP_TIMEOUT_S", 1.0)
     monkeypatch.setattr(manage, "LEAVE_TIMEOUT_S", 1.0)
     added = _document(_succeed(here("add -t null --json")))
+    inflight = Path(f"/sys/block/ublkb{added['dev_id']}/inflight")
     os.kill(added["server_pid"], signal.SIGSTOP)
     errors: list[int | None] = []
 
@@ -317,6 +318,7 @@ def test_del_kills_a_server_that_hangs(
 
     reader = threading.Thread(target=read)
     reader.start()
+    wait_until(lambda: inflight.read_text().split() != ["0", "0"])
     _succeed(here("del --force -n", added["dev_id"]))
     reader.join(30)
     assert errors == [errno.EIO]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ublk_loop import cli, server, uapi
+from ublk_loop import cli, cli_add, server, uapi
 from ublk_loop import launch as launching
+from ublk_loop.add_request import request_of
 from ublk_loop.errors import BackingFileError, DaemonError, DriverError
 from ublk_loop.server import Request
 
@@ -212,10 +213,10 @@ def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(
 def test_device_of_the_daemon_is_recovered_by_it_within_the_deadline(
     words: str, flags: int
 ) -> None:
-    request = cli._request(cli.parse_add(words.split()), supervised=True)
+    request = request_of(cli_add.parse_add(words.split()), supervised=True)
     assert (request.options.flags, request.options.recovery_deadline_s) == (flags, 60)
     words += " --recovery_deadline 5"
-    request = cli._request(cli.parse_add(words.split()), supervised=True)
+    request = request_of(cli_add.parse_add(words.split()), supervised=True)
     assert (request.options.flags, request.options.recovery_deadline_s) == (flags, 5)
 
 
@@ -233,13 +234,13 @@ def test_device_of_the_daemon_is_recovered_by_it_within_the_deadline(
 def test_device_of_the_daemon_is_recovered_by_hand_or_not_at_all_when_told(
     words: str, flags: int
 ) -> None:
-    request = cli._request(cli.parse_add(words.split()), supervised=True)
+    request = request_of(cli_add.parse_add(words.split()), supervised=True)
     assert (request.options.flags, request.options.recovery_deadline_s) == (flags, None)
 
 
 def test_path_is_taken_from_the_folder_of_the_daemons_client() -> None:
-    given = cli.parse_add(["-t", "loop", "-f", "../d.img"])
-    assert cli._request(given, cwd="/srv/a").spec.path == "/srv/d.img"
+    given = cli_add.parse_add(["-t", "loop", "-f", "../d.img"])
+    assert request_of(given, cwd="/srv/a").spec.path == "/srv/d.img"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> Asked:
         words.append(given)
         return {"block_device": "/dev/ublkb3"}
 
-    monkeypatch.setattr(cli, "add_device", add_device)
+    monkeypatch.setattr(cli_losetup, "add_device", add_device)
     monkeypatch.setattr(cli_losetup, "_rows", lambda dev_id=None: rows)
     return words
 

@@ -1,0 +1,168 @@
+"""What ``ublk add`` was told, as the request that a server is started with.
+
+In: the values of its options. Out: a :class:`server.Request`, or a usage error for what does not go
+together. Asks neither driver nor file: what they refuse is found later, by who serves.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import state, uapi
+from .state import DeviceOptions, TargetSpec
+
+if TYPE_CHECKING:
+    from .server import Request
+
+NULL_NR_BYTES = 250 << 30  # as the reference server's null device
+PAGE_BYTES = 4096
+DEADLINE_S = 60
+RECOVERIES = {
+    "none": 0,
+    "reissue": uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE,
+    "fail_inflight": uapi.UBLK_F_USER_RECOVERY,
+    "fail_all": uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
+}
+_RAM_IS_LOST = "a ram device cannot be recovered: its data dies with its server"
+_BY_HAND = ("user_recovery", "user_recovery_reissue", "user_recovery_fail_io")
+
+
+def request_of(
+    given: dict[str, Any], *, cwd: str | None = None, supervised: bool = False
+) -> Request:
+    """Return the request that the options ``given`` stand for, as click names them.
+
+    :param cwd: where relative paths begin; default: where this process is.
+    :param supervised: the daemon would replace its server.
+    :raises click.UsageError: options that do not go together.
+    """
+    from . import server
+
+    cwd = os.getcwd() if cwd is None else cwd
+    flags, deadline_s = _recovery(given, supervised)
+    return server.Request(
+        options=DeviceOptions(
+            nr_hw_queues=given["queues"],
+            queue_depth=given["depth"],
+            max_io_buf_bytes=_whole_pages(given["max_io_buf_bytes"]),
+            flags=_flags(given) | flags,
+            policy=given["policy"],
+            batch=given["batch"],
+            data=_data(given),
+            poll_us=given["poll_us"],
+            nr_threads=given["nthreads"],
+            recovery_deadline_s=deadline_s,
+            shared_files=tuple(state.SharedFile(_absolute(path, cwd)) for path in given["shmem"]),
+        ),
+        spec=_target_spec(given, cwd),
+        dev_id=given["dev_id"],
+    )
+
+
+def _recovery(given: dict[str, Any], supervised: bool) -> tuple[int, int | None]:
+    # The flags, and the deadline of a recovery by the daemon. The reference server's options mean
+    # what they mean there: the device waits for `ublk recover`.
+    chosen = given["recovery"]
+    by_hand = [name for name in _BY_HAND if given[name] is not None]
+    if by_hand and (chosen or given["recovery_deadline"]):
+        raise click.UsageError("-r, -i and -e are recovery by hand: not with --recovery")
+    if chosen is None:
+        # A plain user's device has no recovery in the driver.
+        can = supervised and not by_hand and given["kind"] != "ram" and not given["unprivileged"]
+        chosen = "reissue" if can else "none"
+    if chosen == "none":
+        if given["recovery_deadline"]:
+            raise click.UsageError("--recovery_deadline is for a device with recovery")
+        return 0, None
+    if given["kind"] == "ram":
+        raise click.UsageError(_RAM_IS_LOST)
+    return RECOVERIES[chosen], given["recovery_deadline"] or DEADLINE_S
+
+
+def _whole_pages(nr_bytes: int) -> int:
+    if nr_bytes % PAGE_BYTES:
+        raise click.UsageError(f"--max_io_buf_bytes {nr_bytes} is not a multiple of {PAGE_BYTES}")
+    return nr_bytes
+
+
+def _flags(given: dict[str, Any]) -> int:
+    recovery = uapi.UBLK_F_USER_RECOVERY
+    modes = {
+        "uring_comp": uapi.UBLK_F_URING_CMD_COMP_IN_TASK,
+        "need_get_data": uapi.UBLK_F_NEED_GET_DATA,
+        "user_recovery": recovery,
+        "user_recovery_reissue": recovery | uapi.UBLK_F_USER_RECOVERY_REISSUE,
+        "user_recovery_fail_io": recovery | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
+        "unprivileged": uapi.UBLK_F_UNPRIVILEGED_DEV,
+    }
+    if _is_on(given["user_recovery_reissue"]) and _is_on(given["user_recovery_fail_io"]):
+        raise click.UsageError("-i and -e exclude each other")
+    flags = 0
+    for name, bits in modes.items():
+        flags |= bits if _is_on(given[name]) else 0
+    if given["batch"] and flags & uapi.UBLK_F_NEED_GET_DATA:
+        raise click.UsageError("-b and -g exclude each other")
+    if flags & recovery and given["kind"] == "ram":
+        raise click.UsageError(_RAM_IS_LOST)
+    return flags
+
+
+def _data(given: dict[str, Any]) -> str:
+    named = [name for name in ("usercopy", "zerocopy") if given[name]]
+    if given["data"] != "auto":
+        named.append(given["data"])
+    if len(set(named)) > 1:
+        raise click.UsageError("--data, --usercopy and --zerocopy exclude each other")
+    return named[0] if named else "auto"
+
+
+def _is_on(value: bool | str) -> bool:
+    return value in (True, "1")
+
+
+def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
+    if given["file"] is not None:
+        if given["path"] is not None:
+            raise click.UsageError("say -f FILE or FILE, not both")
+        given["path"] = given["file"]
+    kind, path, nr_bytes = given["kind"], given["path"], given["nr_bytes"]
+    if kind != "loop":
+        for option, name in (
+            ("-f", "path"),
+            ("-o", "offset"),
+            ("--buffered_io", "buffered_io"),
+            ("--direct_io", "direct_io"),
+            ("-R", "read_only"),
+            ("--shmem", "shmem"),
+            ("--sizelimit", "limit_bytes"),
+            ("--sector_size", "logical_bs"),
+        ):
+            if given[name] not in (None, False, ()):
+                raise click.UsageError(f"{option} is for -t loop only")
+        if kind == "ram" and nr_bytes is None:
+            raise click.UsageError("-t ram needs --size")
+        return TargetSpec(kind, nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes)
+    if not path:
+        raise click.UsageError("-t loop needs -f FILE")
+    if given["buffered_io"] and given["direct_io"]:
+        raise click.UsageError("--buffered_io and --direct_io exclude each other")
+    offset_bytes = (given["offset"] or 0) << uapi.SECTOR_SHIFT
+    if offset_bytes >= 1 << 63:
+        raise click.UsageError("-o is beyond any file")
+    return TargetSpec(
+        "loop",
+        path=_absolute(path, cwd),
+        offset_bytes=offset_bytes,
+        nr_bytes=nr_bytes,
+        direct=True if given["direct_io"] else False if given["buffered_io"] else None,
+        read_only=given["read_only"],
+        limit_bytes=given["limit_bytes"] or nr_bytes,
+        logical_bs=int(given["logical_bs"]) if given["logical_bs"] else None,
+    )
+
+
+def _absolute(path: str, cwd: str) -> str:
+    return os.path.normpath(os.path.join(cwd, path))

@@ -1,0 +1,349 @@
+"""``ublk add``: its options, and who serves what they ask for: the daemon, or a server of our own.
+
+In: the words of a command line, of a file of devices (boot.py), or of a client of the daemon. Out:
+a request (add_request.py), or the device once it is live. Forks a server, with :mod:`launch`, only
+where there is no daemon.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import client, listing, protocol, state, uapi
+from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, request_of
+from .cli_base import CONTEXT, ask, cli
+
+if TYPE_CHECKING:
+    from .server import Request
+
+_SIZE_SUFFIXES = "KMGTPE"
+_SWITCH = click.Choice(["0", "1"])
+TYPE_HELP = {
+    "loop": """Serves a regular file or a block device.
+
+\b
+  -f, --file FILE      the backing file; it is locked while it is served
+  --buffered_io        through the page cache; the default for a regular file
+  --direct_io          past the page cache (O_DIRECT); the default for a block device
+  -o, --offset SECTORS where the device begins in the file, in sectors of 512 bytes
+  --size SIZE          the device's size; default: to the end of the file
+  --sizelimit SIZE     at most so much of the file
+  --sector_size BYTES  the logical block size; default: the smallest that the file takes
+  -R, --read_only      a read-only device
+
+\b
+Examples:
+  ublk add -t loop -f disk.img
+  ublk add -t loop -f /dev/vdb -q 2 -d 64
+  ublk add -t loop -f disk.img -o 2048 --size 100M -r 1""",
+    "null": """Completes every request at once and stores nothing: for measuring.
+
+\b
+  --size SIZE          the device's size; default: 250G
+
+\b
+Example:
+  ublk add -t null -q 2""",
+    "ram": """Keeps the data in the server's memory: an example of a target written in Python.
+
+\b
+  --size SIZE          the device's size; needed
+
+\b
+Example:
+  ublk add -t ram --size 64M""",
+}
+
+
+class PollTime(click.ParamType[int | None]):
+    """``auto`` (None) or a number of microseconds."""
+
+    name = "poll time"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value == "auto":
+            return None
+        return click.IntRange(0, state.MAX_POLL_US).convert(value, param, ctx)
+
+
+def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    """Return bytes, of a number with an optional suffix as losetup takes it: 4096, 4K, 10MiB, 1GB.
+
+    :raises click.BadParameter: it is none, or not a positive multiple of 512 below 8 EiB.
+    """
+    if text is None:
+        return None
+    nr_bytes = parse_bytes(text)
+    if nr_bytes == 0 or nr_bytes % uapi.SECTOR_BYTES or nr_bytes >= 1 << 63:
+        raise click.BadParameter(f"{text!r} is not a positive multiple of 512 bytes below 8E")
+    return nr_bytes
+
+
+def parse_bytes(text: str) -> int:
+    """Return bytes, as :func:`parse_size` does, of any size. :raises click.BadParameter: none."""
+    match = re.fullmatch(rf"(\d+)(?:([{_SIZE_SUFFIXES}])(iB|B)?)?", text, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size, such as 4096, 64M or 1GiB")
+    number, suffix, ending = match.groups()
+    base = 1000 if ending and ending.upper() == "B" else 1024
+    power = 1 + _SIZE_SUFFIXES.index(suffix.upper()) if suffix else 0
+    return int(number) * int(base**power)
+
+
+@click.command(short_help="Add a device and serve it.")
+@click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES), required=True)
+@click.option(
+    "-n",
+    "--number",
+    "dev_id",
+    metavar="DEV_ID",
+    type=click.IntRange(-1, state.MAX_DEV_ID),
+    default=-1,
+    help="Number; -1, the default: a free one.",
+)
+@click.option(
+    "-q",
+    "--queues",
+    metavar="NR",
+    type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
+    default=1,
+    show_default=True,
+    help="Hardware queues; the driver caps them to the CPUs.",
+)
+@click.option(
+    "-d",
+    "--depth",
+    metavar="NR",
+    type=click.IntRange(1, state.MAX_QUEUE_DEPTH),
+    default=128,
+    show_default=True,
+    help="Requests in flight in each queue.",
+)
+@click.option("-u", "--uring_comp", type=_SWITCH, default="0", help="URING_CMD_COMP_IN_TASK.")
+@click.option("-g", "--need_get_data", type=_SWITCH, default="0", help="NEED_GET_DATA.")
+@click.option(
+    "-r",
+    "--user_recovery",
+    type=_SWITCH,
+    help="Keep the device when its server dies: requests in flight fail, new ones wait.",
+)
+@click.option(
+    "-i",
+    "--user_recovery_reissue",
+    type=_SWITCH,
+    help="As -r; all requests wait.",
+)
+@click.option(
+    "-e",
+    "--user_recovery_fail_io",
+    type=_SWITCH,
+    help="As -r; new ones fail too.",
+)
+@click.option(
+    "--recovery",
+    type=click.Choice(list(RECOVERIES)),
+    help="How the daemon replaces a server that died. reissue, the default: all requests wait."
+    " fail_inflight: those in flight fail. fail_all: new ones fail too. none: not at all.",
+)
+@click.option(
+    "--recovery_deadline",
+    metavar="S",
+    type=click.IntRange(1, state.MAX_DEADLINE_S),
+    help=f"After so many seconds without one the device is deleted. [default: {DEADLINE_S}]",
+)
+@click.option(
+    "--data",
+    type=click.Choice(state.DATA_MODES),
+    default="auto",
+    show_default=True,
+    help="Who copies the data: the driver (copy), the server by pread and pwrite (usercopy), or"
+    " nobody (zerocopy: for direct I/O). auto: the fastest.",
+)
+@click.option("--usercopy", is_flag=True, help="The same as --data usercopy.")
+@click.option("-z", "--zerocopy", is_flag=True, help="The same as --data zerocopy.")
+@click.option(
+    "-b/ ",
+    "--batch/--no_batch",
+    default=None,
+    help="Fetch and commit in batches; default: where the driver can.",
+)
+@click.option(
+    "--shmem",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(),
+    help="loop: memory that a client maps too (tmpfs, hugetlbfs): requests in it need no copy.",
+)
+@click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
+@click.option(
+    "--max_io_buf_bytes",
+    metavar="BYTES",
+    type=click.IntRange(PAGE_BYTES, 32 << 20),
+    default=512 * 1024,
+    show_default=True,
+    help="The largest request, in bytes.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(state.POLICIES),
+    default="auto",
+    show_default=True,
+    help="auto: at once what cannot block, else as 2014. 2014: reads concurrently, writes in order."
+    " base: everything in order.",
+)
+@click.option(
+    "--poll_us",
+    metavar="US",
+    type=PollTime(),
+    default="auto",
+    show_default=True,
+    help="How long to spin for the next request before sleeping; 0: not at all.",
+)
+@click.option(
+    "--nthreads",
+    metavar="NR",
+    type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
+    help="Threads that share the queues; default: one a queue.",
+)
+@click.option(
+    "--foreground", is_flag=True, help="Serve in this process; Ctrl-C deletes the device."
+)
+@click.option("-f", "--file", "path", type=click.Path(), help="loop: the backing file.")
+@click.option("--buffered_io", is_flag=True, help="loop: use the page cache.")
+@click.option("--direct_io", is_flag=True, help="loop: bypass the page cache.")
+@click.option(
+    "-o", "--offset", type=click.IntRange(0), metavar="SECTORS", help="loop: where to begin."
+)
+@click.option("-R", "--read_only", is_flag=True, help="loop: a read-only device.")
+@click.option("--size", "nr_bytes", callback=parse_size, metavar="SIZE", help="The device's size.")
+@click.option(
+    "--sizelimit",
+    "limit_bytes",
+    callback=parse_size,
+    metavar="SIZE",
+    help="loop: at most so much of the file.",
+)
+@click.option(
+    "--sector_size",
+    "logical_bs",
+    type=click.Choice(["512", "1024", "2048", "4096"]),
+    help="loop: the logical block size.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
+@click.argument("file", required=False, type=click.Path())
+def add(**given: Any) -> None:
+    """Add a device and serve it; return when it is live, and print it.
+
+    FILE is another way to write -f FILE, as the kernel's own test server takes it.
+
+    \b
+    Examples:
+      ublk add -t loop -f disk.img
+      ublk add -t loop -f disk.img -q 2 -d 64 --buffered_io
+      ublk add -t null
+    """
+    from . import launch
+
+    if given["foreground"]:
+        _serve_here(request_of(given), given["as_json"])
+        return
+    words = click.get_current_context().find_root().obj
+    if words is not None and _may_start_daemon():
+        # The quick way found no daemon; there is one from now on.
+        client.start()
+        exit_code = client.add(list(words))
+        if exit_code is not None:
+            sys.exit(exit_code)
+    describe = partial(listing.shown, as_json=given["as_json"], two_lines=client.two_lines())
+    click.echo(launch.launch(request_of(given), describe), nl=False)
+
+
+def add_device(words: Iterable[str]) -> dict[str, Any]:
+    """Do ``ublk add WORDS``, print nothing, and return the device's document.
+
+    :raises click.ClickException: the words are wrong.
+    """
+    from . import launch
+
+    words = [*words, "--json"]
+    given = add.make_context("add", list(words), parent=click.get_current_context()).params
+    request = request_of(given)
+    if _may_start_daemon():
+        client.start()
+        reply = ask(protocol.Add(tuple(words), os.getcwd()))
+        if reply is not None:
+            return _document(reply.out)
+    return _document(launch.launch(request, partial(listing.shown, as_json=True)))
+
+
+def _document(text: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def _may_start_daemon() -> bool:
+    return client.is_wanted() and os.geteuid() == 0
+
+
+def parse_add(words: Iterable[str]) -> dict[str, Any]:
+    """Return the options that ``words``, those behind ``ublk add``, stand for.
+
+    :raises UsageRefused: with what ``ublk add`` prints.
+    """
+    parent = click.Context(cli, info_name="ublk", **CONTEXT)
+    try:
+        return add.make_context("add", list(words), parent=parent).params
+    except click.ClickException as error:
+        text = io.StringIO()
+        error.show(text)
+        raise protocol.UsageRefused(text.getvalue()) from None
+    except click.exceptions.Exit:
+        raise protocol.UsageRefused("Error: -h stands alone\n") from None
+
+
+def check_add(words: Iterable[str]) -> None:
+    """Check the words behind ``ublk add`` as it does.
+
+    :raises ValueError: what is wrong, one sentence.
+    """
+    parent = click.Context(cli, info_name="ublk", **CONTEXT)
+    try:
+        request_of(add.make_context("add", list(words), parent=parent).params, supervised=True)
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from None
+
+
+def read_words(asked: protocol.Add) -> tuple[Request, bool]:
+    """Return what ``ublk add`` is to serve, of the words behind it, and whether to print JSON.
+
+    :raises UsageRefused: with what ``ublk add`` prints.
+    """
+    given = parse_add(asked.words)
+    try:
+        return request_of(given, cwd=asked.cwd, supervised=True), given["as_json"]
+    except click.ClickException as error:
+        raise protocol.UsageRefused(f"Error: {error.format_message()}\n") from None
+
+
+def _serve_here(request: Request, as_json: bool) -> None:
+    import logging
+
+    from . import server
+
+    logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
+
+    def on_live(_: int, text: str) -> None:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+
+    show = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
+    server.serve(request, show, lambda dev_id, sysfs_ino: None, on_live)

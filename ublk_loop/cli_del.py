@@ -1,0 +1,81 @@
+"""``ublk del``: stop and delete devices, or say who uses them.
+
+The deleting itself is :mod:`manage`'s, the waiting for a last close :mod:`lazy`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .cli_base import check_n_or_a, exit_if_failed, number_option
+from .errors import BusyError, UblkLoopError
+
+
+@click.command("del", short_help="Stop and delete a device.")
+@number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Delete every device.")
+@click.option("--async", "no_wait", is_flag=True, help="Do not wait until the device is gone.")
+@click.option(
+    "--force",
+    is_flag=True,
+    envvar="UBLK_LOOP_DEL_FORCE",
+    help="Also a device that is in use: what is not written back is lost.",
+)
+@click.option("--lazy", is_flag=True, help="One that is in use: as soon as it is not.")
+@click.option("--json", "as_json", is_flag=True, help="What was done, and who uses what was not.")
+def delete(
+    dev_id: int | None, everything: bool, no_wait: bool, force: bool, lazy: bool, as_json: bool
+) -> None:
+    """Stop a device and delete it, unless it is in use; say then who uses it.
+
+    \b
+    Examples:
+      ublk del -n 0
+      ublk del -n 0 --lazy
+      ublk del -a --force
+    """
+    check_n_or_a(dev_id, everything)
+    if lazy and force and _came_from_command_line("force"):
+        raise click.UsageError("--lazy and --force exclude each other")
+    from .control import list_dev_ids
+
+    dev_ids = list_dev_ids() if dev_id is None else [dev_id]
+    done = [delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+    exit_if_failed(done)
+
+
+def _came_from_command_line(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
+
+
+def delete_one(dev_id: int, *, no_wait: bool, force: bool, lazy: bool) -> dict[str, Any]:
+    """Delete a device, say what there is to say, and return what became of it."""
+    from . import lazy as lazily
+    from . import manage
+
+    done: dict[str, Any] = {"dev_id": dev_id, "deleted": False, "error": None, "holders": []}
+    try:
+        for note in manage.delete(dev_id, no_wait=no_wait, force=force and not lazy):
+            click.echo(f"ublk: {note}", err=True)
+        done["deleted"] = True
+    except BusyError as error:
+        done["holders"] = [asdict(holder) for holder in error.holders]
+        if lazy:
+            pid = lazily.start_waiter(dev_id)
+            who = f"process {pid} waits for that" if pid else "a process waits for that already"
+            click.echo(f"ublk: dev {dev_id} is deleted once nobody uses it; {who}", err=True)
+            return done
+        done["error"] = str(error)
+        click.echo("\n\t".join([f"ublk: {error}", *map(str, error.holders)]), err=True)
+    except UblkLoopError as error:
+        done["error"] = str(error)
+        click.echo(f"ublk: {error}", err=True)
+    return done

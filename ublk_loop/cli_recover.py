@@ -1,0 +1,133 @@
+"""``ublk recover`` and ``ublk upgrade``: another server for a device, which stays where it is.
+
+By the daemon if there is one, else by a fork of this process (:mod:`serve` has what it runs).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import click
+
+from . import client, listing, protocol
+from .cli_base import ask, check_n_or_a, exit_if_failed, number_option, tried
+from .errors import DaemonError
+from .serve import serve_upgrade
+
+_RELOAD_TIMEOUT_S = 60.0
+
+
+@click.command(short_help="Serve again devices whose servers died.")
+@number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Every device that waits for one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the device, or a list, as JSON.")
+def recover(dev_id: int | None, everything: bool, as_json: bool) -> None:
+    """Serve again a device that was added with recovery and whose server died.
+
+    With -a, devices that another program has left without a server are named, not touched.
+
+    \b
+    Examples:
+      ublk recover -n 0
+      ublk recover -a
+    """
+    check_n_or_a(dev_id, everything)
+    if dev_id is not None:
+        click.echo(_recover_one(dev_id, as_json), nl=False)
+        return
+    from . import manage
+
+    waiting, orphans = manage.waiting()
+    done = [tried(each, partial(_recover_one, each, as_json)) for each in waiting]
+    for each in orphans:
+        hint = "its server is gone, but ublk_loop did not add it: recover it by what did"
+        click.echo(f"ublk: dev {each}: {hint}, or ublk del -n {each}", err=True)
+    if as_json:
+        documents = [
+            {**one, "done": json.loads(one["done"]) if one["done"] else None} for one in done
+        ]
+        click.echo(json.dumps({"recovered": documents, "orphans": orphans}, indent=2))
+    else:
+        click.echo("".join(one["done"] for one in done if one["done"]), nl=False)
+    exit_if_failed(done)
+
+
+def _recover_one(dev_id: int, as_json: bool) -> str:
+    from . import launch, manage, server
+
+    reply = ask(protocol.Recover(dev_id, as_json, client.two_lines()))
+    if reply is not None:
+        return reply.out
+    known = manage.recoverable(dev_id)
+    request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
+    describe = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
+    text: str = launch.launch(request, describe)
+    return text
+
+
+@click.command(short_help="Replace servers by those of the installed version, without a stop.")
+@number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Every device of ublk_loop.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of what was done.")
+def upgrade(dev_id: int | None, everything: bool, as_json: bool) -> None:
+    """Replace the server of a device, which may be in use, by one of what is installed now.
+
+    Requests wait meanwhile and none fails. Prints for how long. The daemon is replaced too.
+
+    \b
+    Examples:
+      ublk upgrade -n 0
+      ublk upgrade -a
+    """
+    check_n_or_a(dev_id, everything)
+    from . import manage
+
+    by_daemon = _reload_daemon()
+    dev_ids = manage.served() if dev_id is None else [dev_id]
+    done = [tried(each, partial(_upgrade_one, each, by_daemon)) for each in dev_ids]
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+    else:
+        for one in done:
+            if one["done"]:
+                click.echo(_upgrade_text(one["dev_id"], one["done"]))
+    exit_if_failed(done)
+
+
+def _upgrade_one(dev_id: int, by_daemon: bool) -> Any:
+    from . import launch
+
+    if by_daemon:
+        reply = ask(protocol.Upgrade(dev_id))
+        if reply is None:
+            raise DaemonError(errno.ESRCH, f"upgrade dev {dev_id}", "the daemon went away")
+        return reply.document
+    return launch.launch_server(f"upgrade dev {dev_id}", serve_upgrade(dev_id), is_recovery=True)
+
+
+def _upgrade_text(dev_id: int, done: dict[str, Any]) -> str:
+    pids = f"daemon pid {done['old_server_pid']} -> {done['server_pid']}"
+    killed = ", killed: it did not leave" if done["was_killed"] else ""
+    return f"dev id {dev_id}: {pids}, pause {done['pause_ms']} ms{killed}"
+
+
+def _reload_daemon() -> bool:
+    # True once a daemon runs what is installed now.
+    if not client.is_wanted() or os.geteuid() != 0:
+        return False
+    deadline = time.monotonic() + _RELOAD_TIMEOUT_S
+    while True:
+        reply = ask(protocol.Reload(sys.executable))
+        if reply is None:
+            return False
+        if reply.document and reply.document["reloads"]:
+            return True
+        if time.monotonic() >= deadline:
+            raise DaemonError(errno.EBUSY, "daemon", "a device is being added or recovered")
+        time.sleep(0.1)
