@@ -49,14 +49,23 @@ def read(path: str = CONFIG_PATH) -> dict[int, tuple[str, ...]]:
     try:
         return parse(data)
     except ValueError as error:
-        raise DaemonError(errno.EBADMSG, path, " ".join(str(error).split())) from error
+        raise DaemonError(errno.EBADMSG, path, str(error)) from error
 
 
 def parse(data: bytes) -> dict[int, tuple[str, ...]]:
     """Return what ``data`` asks for, as :func:`read` does.
 
-    :raises ValueError: what is wrong, for a person.
+    :raises ValueError: what is wrong, for a person, in one line that any terminal may be sent.
     """
+    try:
+        return _parse(data)
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        shown = (char if char.isprintable() else repr(char)[1:-1] for char in line)
+        raise ValueError("".join(shown)) from error
+
+
+def _parse(data: bytes) -> dict[int, tuple[str, ...]]:
     if len(data) > MAX_NR_BYTES:
         raise ValueError(f"it is larger than {MAX_NR_BYTES} bytes")
     document = _load(data.decode("utf-8"))
@@ -104,7 +113,7 @@ def _words(name: str, table: Any) -> tuple[str, ...]:
         raise ValueError(f"{where}: {error}") from error
     paths = table.get("shmem", [])
     for path in [table.get("file", "/"), *(paths if isinstance(paths, list) else [paths])]:
-        if not os.path.isabs(path):
+        if not os.path.isabs(str(path)):  # a number names a file, too
             raise ValueError(f"{where}: {path} is not an absolute path")
     return tuple(words)
 

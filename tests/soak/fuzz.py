@@ -1,7 +1,7 @@
 """Feed input by chance, led by coverage, to whatever reads what another process wrote.
 
-Some inputs are bytes, others valid documents with members changed: JSON that gets past the parser,
-to the checks of types and ranges.
+Some inputs are bytes, others valid documents with members changed: JSON or TOML that gets past the
+parser, to the checks of types and ranges.
 
     pip install -e '.[fuzz]'
     python tests/soak/fuzz.py -runs=1000000              all targets, one after another
@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import atheris
+import tomllib
 
-with atheris.instrument_imports(include=["ublk_loop", "json"]):
-    from ublk_loop import protocol, state
+with atheris.instrument_imports(include=["ublk_loop", "json", "tomllib"]):
+    from ublk_loop import boot, protocol, state
 
 LIMITS = ["-timeout=5", "-rss_limit_mb=512", "-max_len=8192", "-print_final_stats=1"]
 STATE = state.DeviceState(
@@ -37,13 +39,50 @@ STATE = state.DeviceState(
     target={"name": "loop", "dev_size": 1 << 20},
     queues=(state.QueueState(0, 1235, (0, 2)), state.QueueState(1, 1236, (1, 3))),
 )
-# What parses, and inputs to begin with.
-TARGETS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
-    "state": (
+CONFIG = """
+[device.0]
+type = "loop"
+file = "/srv/disk one.img"
+queues = 2
+direct_io = true
+shmem = ["/dev/shm/a", "/dev/shm/b"]
+[device.12]
+type = "null"
+size = "1G"
+read_only = false
+"""
+
+
+def dump_toml(value: object) -> str:
+    """Return a value of JSON in TOML, tables inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {dump_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(dump_toml, value)) + "]"
+    return "nan" if value is None else json.dumps(value)
+
+
+def dump_config(document: dict[str, object]) -> str:
+    """Return a document of TOML."""
+    return "".join(f"{json.dumps(key)} = {dump_toml(value)}\n" for key, value in document.items())
+
+
+@dataclass(frozen=True)
+class Parser:
+    """What parses, inputs to begin with, and what makes them documents and text again."""
+
+    parse: Callable[[bytes], object]
+    seeds: list[bytes]
+    load: Callable[[str], Any] = json.loads
+    dump: Callable[[Any], str] = json.dumps
+
+
+TARGETS = {
+    "state": Parser(
         state.parse,
         [json.dumps({"version": state.VERSION, **asdict(STATE)}).encode()],
     ),
-    "request": (
+    "request": Parser(
         protocol.parse_request,
         [
             protocol.pack_request(protocol.Add(("-t", "loop", "-f", "disk"), "/srv")),
@@ -51,10 +90,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
             protocol.pack_request(protocol.Status()),
         ],
     ),
-    "reply": (
+    "reply": Parser(
         protocol.parse_reply,
         [protocol.pack_reply(protocol.Reply(1, "out", "err", {"a": [1, None, "b"]}))],
     ),
+    "toml": Parser(boot.parse, [CONFIG.encode()], tomllib.loads, dump_config),
 }
 
 
@@ -92,30 +132,31 @@ def change(node: object, chance: atheris.FuzzedDataProvider) -> None:
         return
 
 
-def document(data: bytes, seeds: list[bytes]) -> bytes:
+def document(data: bytes, parser: Parser) -> bytes:
     """One of the valid documents, changed as the data says."""
     chance = atheris.FuzzedDataProvider(data)
-    found = json.loads(seeds[chance.ConsumeIntInRange(0, len(seeds) - 1)])
+    seed = parser.seeds[chance.ConsumeIntInRange(0, len(parser.seeds) - 1)]
+    found = parser.load(seed.decode())
     for _ in range(chance.ConsumeIntInRange(1, 3)):
         change(found, chance)
-    return json.dumps(found).encode()
+    return parser.dump(found).encode()
 
 
 def fuzz(name: str, options: list[str]) -> None:
     """Fuzz one target; never returns."""
-    parse, seeds = TARGETS[name]
+    parser = TARGETS[name]
 
     def test_one_input(data: bytes) -> None:
-        text = document(data[1:], seeds) if data[:1] < b"\x40" else data
+        text = document(data[1:], parser) if data[:1] < b"\x40" else data
         try:
-            parse(text)
+            parser.parse(text)
         except ValueError as error:
-            if "\n" in str(error):
-                raise RuntimeError(f"more than a line: {error!r}") from error
+            if not str(error).isprintable():
+                raise RuntimeError(f"more than a line of text: {error!r}") from error
 
     with tempfile.TemporaryDirectory() as corpus:
-        for number, seed in enumerate(seeds):
-            parse(seed)
+        for number, seed in enumerate(parser.seeds):
+            parser.parse(seed)
             Path(corpus, f"seed{number}").write_bytes(seed)
             Path(corpus, f"change{number}").write_bytes(bytes([number]) * 40)
         atheris.Setup([sys.argv[0], *LIMITS, *options, corpus], test_one_input)
