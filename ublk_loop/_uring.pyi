@@ -284,7 +284,9 @@ class Lib:
     UL_TARGET_DIRECT: int
     UL_TARGET_MAP: int
     UL_SHMEM_MAX: int
-    def ul_control_create(self, control_fd: int, control: Array[ul_control], /) -> int: ...
+    def ul_control_create(
+        self, control_fd: int, keep_rights: int, control: Array[ul_control], /
+    ) -> int: ...
     def ul_control_destroy(self, control: ul_control, /) -> None: ...
     def ul_control_submit(
         self, control: ul_control, cmd: ul_control_cmd, payload: CData | bytes, /

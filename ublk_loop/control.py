@@ -221,9 +221,9 @@ def list_dev_ids() -> list[int]:
 class _Ring:
     """One handle of csrc/control.c: a ring, and the command that runs on it."""
 
-    def __init__(self, control_fd: int) -> None:
+    def __init__(self, control_fd: int, keep_rights: bool = False) -> None:
         out = ffi.new("struct ul_control **")
-        result = lib.ul_control_create(control_fd, out)
+        result = lib.ul_control_create(control_fd, keep_rights, out)
         check(result, "io_uring_setup for a control command", _RING_HINTS.get(-result, ""))
         self._control: ul_control = out[0]
         self._result = ffi.new("int32_t *")
@@ -316,6 +316,19 @@ class Control:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def keep_rights(self) -> None:
+        """Send later commands with the rights that the calling thread has now.
+
+        A thread may give up CAP_SYS_ADMIN then, and still stop its device. No command may be
+        running, and only one can run at a time from now on where no more rings can be made.
+
+        :raises DriverError: what io_uring said; all is as before.
+        """
+        ring = _Ring(self._fd, keep_rights=True)
+        while self._idle:
+            self._idle.pop().close()
+        self._idle.append(ring)
 
     def close(self) -> None:
         """Release the rings and the file; idempotent. No command may be running."""

@@ -6,8 +6,9 @@
                      system: they are born without
     leave_fetching() what an hctx gives up later: who fetches without CAP_SYS_ADMIN makes the driver
                      look for no partitions
-    confine_main()   the same for the main thread, which keeps CAP_SYS_ADMIN, without which the
-                     driver refuses STOP_DEV and DEL_DEV; then a seccomp filter for all threads
+    confine_main()   the same for the main thread; then a seccomp filter for all threads. The driver
+                     wants CAP_SYS_ADMIN for STOP_DEV and DEL_DEV: Control.keep_rights() is called
+                     between, so that one ring has it, which can do nothing but send commands
 
 Capabilities and Landlock are a thread's own and inherited by those that it starts; the filter is
 set for all at once. Landlock (asked of the kernel directly; it has three system calls) leaves the
@@ -137,9 +138,16 @@ class Sandbox:
         with _tolerated("capset"):
             drop_capabilities(self._keep)
 
-    def confine_main(self, keep: Collection[int] = (CAP_SYS_ADMIN,)) -> None:
-        """Confine the calling thread, and set the filter for all."""
-        self._confine(keep)
+    def confine_main(self, keep_rights: Callable[[], None] = lambda: None) -> None:
+        """Confine the calling thread, and set the filter for all.
+
+        :param keep_rights: called while CAP_SYS_ADMIN is the only capability left; if it fails, the
+            thread keeps that.
+        """
+        self._confine((CAP_SYS_ADMIN,))
+        with _tolerated("control ring"):
+            keep_rights()
+            drop_capabilities(())
         if self._filter is not None:
             with _tolerated("seccomp"):
                 self._filter.load()

@@ -118,7 +118,7 @@ def serve(
                 _give_up(device, request)
                 raise
             _log.info("dev %d is live", device.dev_id)
-            sandbox.confine_main()
+            sandbox.confine_main(control.keep_rights)
             _serve_until_end(control, device, events)
 
 

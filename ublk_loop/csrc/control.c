@@ -14,11 +14,18 @@
  * Python's memory. It is allocated for each command and freed once the command
  * has ended; a command that survives even its cancellation (STOP_DEV of a
  * device whose requests hang, say) keeps its payload for the process's life.
+ *
+ * A ring that keeps rights sends each command with the credentials that its
+ * creator had ("personality"), whatever its users have given up since. So it
+ * can do nothing but send and cancel commands: no other operation, and no
+ * change of the ring, for good.
  */
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "ublk_abi.h"
 #include "ul.h"
@@ -36,12 +43,51 @@ struct ul_control {
 	struct io_uring	ring;		/* owned, SQE128 */
 	int		control_fd;	/* borrowed */
 	int		busy;		/* a command was sent, has not ended */
+	uint16_t	personality;	/* 0: rights of who sends */
 	uint32_t	nr_bytes;	/* of payload */
 	void		*payload;	/* owned; the kernel's while busy */
 };
 
-int ul_control_create(int32_t control_fd, struct ul_control **control)
+/* liburing 2.3 declares the calls that do this, but has them not. */
+static int control_register(struct ul_control *control, unsigned int opcode,
+			    const void *argument, unsigned int nr)
 {
+	long ret;
+
+	ret = syscall(__NR_io_uring_register, control->ring.ring_fd, opcode,
+		      argument, nr);
+	return ret < 0 ? -errno : 0;
+}
+
+static int control_keep_rights(struct ul_control *control)
+{
+	struct io_uring_restriction allowed[] = {
+		{
+			.opcode = IORING_RESTRICTION_SQE_OP,
+			.sqe_op = IORING_OP_URING_CMD,
+		},
+		{
+			.opcode = IORING_RESTRICTION_SQE_OP,
+			.sqe_op = IORING_OP_ASYNC_CANCEL,
+		},
+	};
+	int ret;
+
+	ret = io_uring_register_personality(&control->ring);
+	if (ret < 0)
+		return ret;
+	control->personality = ret;
+	ret = control_register(control, IORING_REGISTER_RESTRICTIONS, allowed,
+			       2);
+	if (ret < 0)
+		return ret;
+	return control_register(control, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+}
+
+int ul_control_create(int32_t control_fd, int32_t keep_rights,
+		      struct ul_control **control)
+{
+	unsigned int flags = IORING_SETUP_SQE128;
 	struct ul_control *c;
 	int ret;
 
@@ -49,14 +95,23 @@ int ul_control_create(int32_t control_fd, struct ul_control **control)
 	if (!c)
 		return -ENOMEM;
 	c->control_fd = control_fd;
-	ret = io_uring_queue_init(CONTROL_ENTRIES, &c->ring,
-				  IORING_SETUP_SQE128);
-	if (ret < 0) {
-		free(c);
-		return ret;
-	}
+	if (keep_rights)
+		flags |= IORING_SETUP_R_DISABLED;
+	ret = io_uring_queue_init(CONTROL_ENTRIES, &c->ring, flags);
+	if (ret < 0)
+		goto free_control;
+	if (keep_rights)
+		ret = control_keep_rights(c);
+	if (ret < 0)
+		goto exit_ring;
 	*control = c;
 	return 0;
+
+exit_ring:
+	io_uring_queue_exit(&c->ring);
+free_control:
+	free(c);
+	return ret;
 }
 
 void ul_control_destroy(struct ul_control *control)
@@ -77,6 +132,7 @@ static void control_prep(struct ul_control *control, struct io_uring_sqe *sqe,
 	ctrl_cmd = ublk_sqe_prep(sqe, control->control_fd, cmd->opcode,
 				 UBLK_SQE128_CMD_BYTES);
 	sqe->user_data = UD_COMMAND;
+	sqe->personality = control->personality;
 	ctrl_cmd->dev_id = cmd->dev_id;
 	ctrl_cmd->queue_id = cmd->queue_id;
 	ctrl_cmd->len = control->nr_bytes;

@@ -21,7 +21,10 @@ struct ul_control_cmd {
 	uint64_t	data;		/* the command's data[0] */
 };
 
-int ul_control_create(int32_t control_fd, struct ul_control **control);
+/* keep_rights: commands have the rights that the caller has now, whoever sends
+ * them and whatever it has given up; the ring can do nothing else. */
+int ul_control_create(int32_t control_fd, int32_t keep_rights,
+		      struct ul_control **control);
 /* A command that still runs keeps its payload: it is leaked, for the kernel. */
 void ul_control_destroy(struct ul_control *control);
 /* Copies the payload. -EBUSY: the last command has not ended. After any other
