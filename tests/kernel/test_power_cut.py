@@ -129,7 +129,7 @@ def test_synced_records_are_there_after_a_cut_at_any_moment(
             dev = device(LoopTarget(folder / "backing"))
             try:
                 with store(stack, dev.block_path) as place:
-                    Records(place, SEED).check(nr_acknowledged, nr_acknowledged + 1)
+                    Records(place, SEED).check(range(nr_acknowledged), nr_acknowledged + 1)
             finally:
                 dev.delete()
     assert len(log.marks(len(log.entries))) == NR_RECORDS

@@ -7,7 +7,7 @@ overwritten in place, or replaced by rename. Some records more are written witho
 After a cut, each word of a slot must be of a record that is not older than the last acknowledged
 one of this slot: newer ones may be there or not, and may be torn in place.
 
-In: a block device or folder, how many are acknowledged. Out: calls of ``acknowledge(n)``, in order;
+In: a block device or folder, which are acknowledged. Out: calls of ``acknowledge(n)``, in order;
 an AssertionError. What record n is like depends on n and the seed alone, so that a check in another
 process, after another boot, knows it.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NR_SLOTS = 16
@@ -39,18 +39,18 @@ class Records:
             self._write_one(n, rng)
             acknowledge(n)
 
-    def check(self, nr_acknowledged: int, nr_begun: int) -> None:
-        """Records below ``nr_acknowledged`` must be there, none from ``nr_begun`` on may be."""
+    def check(self, acknowledged: Iterable[int], nr_begun: int) -> None:
+        """Those ``acknowledged``, in order, must be there; none from ``nr_begun`` on may be."""
         oldest = [-1] * NR_SLOTS
-        for n in range(nr_acknowledged):
+        for n in acknowledged:
             oldest[self._slot(self._rng(n))] = n
         for slot in range(NR_SLOTS):
             found = self._found(slot)
             assert found or oldest[slot] < 0, f"slot {slot} is gone: record {oldest[slot]} is lost"
             good = all(oldest[slot] <= n < nr_begun for n in found)
             assert good, (
-                f"slot {slot} holds records {sorted(found)}, must hold {oldest[slot]} or later;"
-                f" {nr_acknowledged} are acknowledged, {nr_begun} begun"
+                f"slot {slot} holds records {sorted(found)}, must hold {oldest[slot]} or later,"
+                f" and none from {nr_begun} on"
             )
 
     def _rng(self, n: int) -> random.Random:
