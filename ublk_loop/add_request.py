@@ -96,6 +96,7 @@ def _flags(given: dict[str, Any]) -> int:
         "user_recovery": recovery,
         "user_recovery_reissue": recovery | uapi.UBLK_F_USER_RECOVERY_REISSUE,
         "user_recovery_fail_io": recovery | uapi.UBLK_F_USER_RECOVERY_FAIL_IO,
+        "no_auto_part_scan": uapi.UBLK_F_NO_AUTO_PART_SCAN,
         "unprivileged": uapi.UBLK_F_UNPRIVILEGED_DEV,
     }
     if _is_on(given["user_recovery_reissue"]) and _is_on(given["user_recovery_fail_io"]):

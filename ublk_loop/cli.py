@@ -16,13 +16,13 @@ from typing import NoReturn
 import click
 
 from . import listing, state
-from .cli_add import TYPE_HELP, add
+from .cli_add import TYPE_HELP, add, parse_size
 from .cli_base import cli, number_option
 from .cli_daemon import daemon
 from .cli_del import delete
 from .cli_list import list_devices
 from .cli_losetup import losetup
-from .cli_recover import recover, upgrade
+from .cli_recover import quiesce, recover, upgrade
 from .finding import PROBLEM
 
 
@@ -113,6 +113,35 @@ def set_affinity(dev_id: int, q_id: int, cpus: frozenset[int]) -> None:
     manage.set_affinity(dev_id, q_id, cpus)
 
 
+@click.command(short_help="Change a device's size, in use or not.")
+@number_option(required=True)
+@click.option(
+    "-s",
+    "--size",
+    "nr_bytes",
+    callback=parse_size,
+    metavar="SIZE",
+    help="The new size; default: that of its file, up to what --size or --sizelimit said.",
+)
+@click.option("--force", is_flag=True, help="Make it smaller even if it is in use.")
+@click.option("--json", "as_json", is_flag=True, help="Print the new size as JSON.")
+def resize(dev_id: int, nr_bytes: int | None, force: bool, as_json: bool) -> None:
+    """Give a device the size that its file has now, or another one; it may be in use.
+
+    The file system on it is another matter: see resize2fs, xfs_growfs.
+
+    \b
+    Examples:
+      truncate -s 2G disk.img && ublk resize -n 0
+      ublk resize -n 0 --size 1G
+    """
+    from . import manage
+
+    nr_bytes = manage.resize(dev_id, nr_bytes, force=force)
+    document = {"dev_id": dev_id, "nr_bytes": nr_bytes}
+    click.echo(json.dumps(document) if as_json else f"dev id {dev_id}: {nr_bytes} bytes")
+
+
 @click.command(short_help="Show who owns an unprivileged device; for udev.")
 @click.argument("name", metavar="DEVICE")
 def owner(name: str) -> None:
@@ -147,8 +176,8 @@ def show_help(ctx: click.Context, kind: str | None) -> None:
 
 
 for _command in (
-    *(add, delete, list_devices, recover, upgrade, daemon),
-    *(features, doctor, set_affinity, owner, show_help, losetup),
+    *(add, delete, list_devices, recover, quiesce, upgrade, daemon),
+    *(features, doctor, set_affinity, resize, owner, show_help, losetup),
 ):
     cli.add_command(_command)
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,21 @@ import click
 from . import client, listing, protocol, state, uapi
 from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, request_of
 from .cli_base import CONTEXT, ask, cli
+from .state import TargetSpec
 
 if TYPE_CHECKING:
     from .server import Request
 
 _SIZE_SUFFIXES = "KMGTPE"
 _SWITCH = click.Choice(["0", "1"])
+_KUBLK_WORDS = {
+    "--user_copy": "--usercopy",
+    "--zero_copy": "--zerocopy",
+    # Ours has both by itself.
+    "--auto_zc": "--zerocopy",
+    "--auto_zc_fallback": "--zerocopy",
+    "-s": "--size",
+}
 TYPE_HELP = {
     "loop": """Serves a regular file or a block device.
 
@@ -99,7 +108,29 @@ def parse_bytes(text: str) -> int:
     return int(number) * int(base**power)
 
 
-@click.command(short_help="Add a device and serve it.")
+class _Add(click.Command):
+    """``ublk add``, which takes the words of two other servers.
+
+    ``-u`` and ``-g`` have a value in the reference server's words, and none in kublk's, the
+    kernel's test server.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [*_in_our_words(args)])
+
+
+def _in_our_words(args: list[str]) -> Iterator[str]:
+    for arg, next_arg in zip(args, [*args[1:], ""], strict=True):
+        has_value = next_arg in ("0", "1")
+        if arg == "-u" and not has_value:
+            yield "--usercopy"
+        elif arg == "-g" and not has_value:
+            yield "--need_get_data=1"
+        else:
+            yield _KUBLK_WORDS.get(arg, arg)
+
+
+@click.command(cls=_Add, short_help="Add a device and serve it.")
 @click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES), required=True)
 @click.option(
     "-n",
@@ -182,6 +213,9 @@ def parse_bytes(text: str) -> int:
     multiple=True,
     type=click.Path(),
     help="loop: memory that a client maps too (tmpfs, hugetlbfs): requests in it need no copy.",
+)
+@click.option(
+    "--no_auto_part_scan", is_flag=True, help="Look for no partitions until blockdev --rereadpt."
 )
 @click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
 @click.option(
@@ -320,6 +354,12 @@ def check_add(words: Iterable[str]) -> None:
         request_of(add.make_context("add", list(words), parent=parent).params, supervised=True)
     except click.ClickException as error:
         raise ValueError(error.format_message()) from None
+
+
+def spec_of(words: Iterable[str]) -> TargetSpec:
+    """Return what the words behind ``ublk add`` say is served. :raises click.UsageError: wrong."""
+    given = add.make_context("add", list(words), parent=click.get_current_context()).params
+    return request_of(given).spec
 
 
 def read_words(asked: protocol.Add) -> tuple[Request, bool]:

@@ -35,8 +35,14 @@ def number_option(*, required: bool) -> Callable[[_AnyCommand], _AnyCommand]:
     )
 
 
+_OTHER_NAMES = {"update_size": "resize"}  # what the kernel's own test server calls it
+
+
 class _Commands(click.Group):
     """The commands; turns what they raise into one line and an exit code."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, _OTHER_NAMES.get(cmd_name, cmd_name))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -181,7 +181,7 @@ def _detach(names: Sequence[str], *, everything: bool) -> None:
 def _set_capacity(name: str) -> None:
     from . import manage
 
-    manage.set_capacity(_dev_id(name))
+    manage.resize(_dev_id(name))
 
 
 # ---- show ----

@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from . import client, listing, protocol
+from . import client, listing, protocol, state
+from .cli_add import spec_of
 from .cli_base import ask, check_n_or_a, exit_if_failed, number_option, tried
 from .errors import DaemonError
 from .serve import serve_upgrade
@@ -23,14 +24,20 @@ from .serve import serve_upgrade
 _RELOAD_TIMEOUT_S = 60.0
 
 
-@click.command(short_help="Serve again devices whose servers died.")
+@click.command(
+    short_help="Serve again devices whose servers died.",
+    context_settings={"ignore_unknown_options": True},
+)
 @number_option(required=False)
 @click.option("-a", "--all", "everything", is_flag=True, help="Every device that waits for one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the device, or a list, as JSON.")
-def recover(dev_id: int | None, everything: bool, as_json: bool) -> None:
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def recover(dev_id: int | None, everything: bool, as_json: bool, words: tuple[str, ...]) -> None:
     """Serve again a device that was added with recovery and whose server died.
 
-    With -a, devices that another program has left without a server are named, not touched.
+    With -a, devices that another program has left without a server are named, not touched. WORDS
+    are those behind ublk add, as other servers want them said again: what the device is was kept,
+    and they must agree with it.
 
     \b
     Examples:
@@ -38,6 +45,8 @@ def recover(dev_id: int | None, everything: bool, as_json: bool) -> None:
       ublk recover -a
     """
     check_n_or_a(dev_id, everything)
+    if words:
+        _check_words(dev_id, words)
     if dev_id is not None:
         click.echo(_recover_one(dev_id, as_json), nl=False)
         return
@@ -58,6 +67,15 @@ def recover(dev_id: int | None, everything: bool, as_json: bool) -> None:
     exit_if_failed(done)
 
 
+def _check_words(dev_id: int | None, words: tuple[str, ...]) -> None:
+    if dev_id is None:
+        raise click.UsageError("-a takes no options of ublk add")
+    said, known = spec_of(words), state.read(dev_id)
+    if known is not None and (said.type, said.path) != (known.spec.type, known.spec.path):
+        what = f"recover dev {dev_id}"
+        raise DaemonError(errno.EINVAL, what, f"it is {known.spec.type} {known.spec.path or ''}")
+
+
 def _recover_one(dev_id: int, as_json: bool) -> str:
     from . import launch, manage, server
 
@@ -69,6 +87,23 @@ def _recover_one(dev_id: int, as_json: bool) -> str:
     describe = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
     text: str = launch.launch(request, describe)
     return text
+
+
+@click.command(short_help="Have the server leave its device, which waits for ublk recover.")
+@number_option(required=True)
+def quiesce(dev_id: int) -> None:
+    """Have the server of a device end; requests wait until ublk recover.
+
+    For a device that was added with -r or -i: the daemon would replace the server of another.
+
+    \b
+    Example:
+      ublk quiesce -n 0
+    """
+    from . import handover
+
+    if not handover.quiesce(dev_id):
+        click.echo(f"ublk: the server of dev {dev_id} was killed: it did not leave", err=True)
 
 
 @click.command(short_help="Replace servers by those of the installed version, without a stop.")
@@ -117,10 +152,21 @@ def _upgrade_text(dev_id: int, done: dict[str, Any]) -> str:
     return f"dev id {dev_id}: {pids}, pause {done['pause_ms']} ms{killed}"
 
 
+def _load_a_daemon() -> None:
+    try:
+        from .daemon import preload
+
+        preload()
+    except ImportError as error:
+        hint = f"what is installed cannot run, nothing was changed: {error}"
+        raise DaemonError(errno.ENOEXEC, "upgrade", hint) from error
+
+
 def _reload_daemon() -> bool:
-    # True once a daemon runs what is installed now.
+    # True once a daemon runs what is installed now, which must load here first.
     if not client.is_wanted() or os.geteuid() != 0:
         return False
+    _load_a_daemon()
     deadline = time.monotonic() + _RELOAD_TIMEOUT_S
     while True:
         reply = ask(protocol.Reload(sys.executable))

@@ -164,6 +164,10 @@ class Daemon:
         device.upgrade(done, serve_upgrade(request.dev_id))
 
     def _reload(self, request: protocol.Reload, session: _Session) -> None:
+        if not os.access(request.executable, os.X_OK):
+            hint = f"{request.executable} is no program that it could execute"
+            session.reply(_refusal(DaemonError(errno.ENOEXEC, "daemon", hint)))
+            return
         is_busy = any(device.phase != "SERVED" for device in self._devices.values())
         reloads = not is_busy and not self.nr_adding
         session.reply(Reply(document={"reloads": reloads}))
@@ -496,7 +500,7 @@ def _run(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     process.protect_from_reclaim()
-    _preload()
+    preload()
     _log.info("daemon runs, pid %d", os.getpid())
     Daemon(listener, config_path, boots).run()
     os.close(lock_fd)
@@ -532,7 +536,7 @@ def _listen() -> socket.socket:
     return listener
 
 
-def _preload() -> None:
+def preload() -> None:
     """Load what a server needs, once, and keep the garbage collector from writing to it."""
     import ctypes
     import faulthandler  # noqa: F401

@@ -52,6 +52,7 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_BATCH_IO
     | uapi.UBLK_F_SHMEM_ZC
     | uapi.UBLK_F_QUIESCE
+    | uapi.UBLK_F_NO_AUTO_PART_SCAN
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
 RECOVERY_FLAGS = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import signal
+import time
 
 from . import listing, state, uapi
 from .control import Control, DevInfo
@@ -21,6 +22,7 @@ from .state import DeviceState
 QUIESCE_TIMEOUT_MS = 2000
 LEAVE_TIMEOUT_S = 8.0
 KILL_TIMEOUT_S = 10.0
+QUIESCED_TIMEOUT_S = 20.0  # once its server is gone
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,27 @@ def upgradable(dev_id: int) -> DeviceState:
         hint = "requests would fail meanwhile: it was not added with --recovery reissue"
         raise DaemonError(errno.EOPNOTSUPP, what, hint)
     return known
+
+
+def quiesce(dev_id: int) -> bool:
+    """Have a device's server leave it, and requests wait for a recovery; False if it was killed.
+
+    :raises DaemonError: as of :func:`upgradable` and :func:`take_from_server`; EINVAL (the daemon
+        would replace the server); ETIMEDOUT (the driver keeps the device as it is).
+    """
+    what = f"quiesce dev {dev_id}"
+    known = upgradable(dev_id)
+    if known.options.recovery_deadline_s is not None:
+        hint = "the daemon would replace its server at once: only for devices added with -r or -i"
+        raise DaemonError(errno.EINVAL, what, hint)
+    has_left = take_from_server(known)
+    deadline = time.monotonic() + QUIESCED_TIMEOUT_S
+    with Control() as control:
+        while control.get_dev_info(dev_id).state != uapi.UBLK_S_DEV_QUIESCED:
+            if time.monotonic() >= deadline:
+                raise DaemonError(errno.ETIMEDOUT, what, "its server is gone, but it is in use yet")
+            time.sleep(0.02)
+    return has_left
 
 
 def take_from_server(known: DeviceState) -> bool:
@@ -88,4 +111,4 @@ def _quiesce(dev_id: int) -> None:
         _log.warning("%s", error)
 
 
-__all__ = ["take_from_server", "upgradable"]
+__all__ = ["quiesce", "take_from_server", "upgradable"]

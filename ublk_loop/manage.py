@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -271,26 +272,51 @@ def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
             state.remove(dev_id)
 
 
-def set_capacity(dev_id: int) -> None:
-    """Give a loop device the size that its file has now, as far as its limit allows.
+def resize(dev_id: int, nr_bytes: int | None = None, *, force: bool = False) -> int:
+    """Change the size of a device that may be in use; return the new one, in bytes.
 
-    :raises DaemonError: ENOENT (not a device of ours); EINVAL (not of a file, or too small a one);
-        ESRCH (its server is gone).
+    :param nr_bytes: default: the size that its file has now, as far as its limit allows.
+    :param force: make it smaller even if it is in use.
+    :raises DaemonError: ENOENT (not a device of ours); EINVAL (a size that its target cannot have);
+        ESRCH (its server is gone); EBUSY (in use, and it would become smaller).
     :raises DriverError: EOPNOTSUPP before v6.16.
     """
-    what = f"set capacity dev {dev_id}"
+    what = f"resize dev {dev_id}"
     with Control() as control:
         known = listing.state_of(control.get_dev_info(dev_id), state.read(dev_id))
         if known is None:
             raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
-        nr_bytes = _room(what, known)
+        spec = known.spec
+        if nr_bytes is None:
+            nr_bytes = min(_room(what, known), spec.limit_bytes or sys.maxsize)
+        else:
+            _check_size(what, known, nr_bytes)
+            spec = replace(spec, limit_bytes=nr_bytes)
+            is_smaller = nr_bytes < (known.spec.nr_bytes or 0)
+            if is_smaller and not force and (users := holders.find(dev_id)):
+                hint = f"{users[0]}: what is behind the new end would be lost, unless with --force"
+                raise DaemonError(errno.EBUSY, what, hint)
+        nr_bytes -= nr_bytes % (spec.logical_bs or uapi.SECTOR_BYTES)
+        if not nr_bytes:
+            raise DaemonError(errno.EINVAL, what, f"{spec.path} does not hold one block any more")
         control.update_size(dev_id, nr_bytes >> uapi.SECTOR_SHIFT)
     # Its next server takes that size; one that took over meanwhile has written a state of its own.
     known = state.read(dev_id)
-    if known is None:
-        return
-    spec, target = replace(known.spec, nr_bytes=nr_bytes), {**known.target, "dev_size": nr_bytes}
-    state.write(replace(known, spec=spec, target=target))
+    if known is not None:
+        target = {**known.target, "dev_size": nr_bytes}
+        state.write(replace(known, spec=replace(spec, nr_bytes=nr_bytes), target=target))
+    return nr_bytes
+
+
+def _check_size(what: str, known: DeviceState, nr_bytes: int) -> None:
+    logical_bs = known.spec.logical_bs or uapi.SECTOR_BYTES
+    if nr_bytes % logical_bs:
+        raise DaemonError(errno.EINVAL, what, f"{nr_bytes} is not a multiple of {logical_bs} bytes")
+    if known.spec.type == "ram":
+        raise DaemonError(errno.EINVAL, what, "a ram device keeps the memory that it began with")
+    if known.spec.type == "loop" and nr_bytes > (room := _room(what, known)):
+        hint = f"{known.spec.path} has {room} bytes for it: make it longer first (truncate -s)"
+        raise DaemonError(errno.EINVAL, what, hint)
 
 
 def _room(what: str, known: DeviceState) -> int:
@@ -298,15 +324,9 @@ def _room(what: str, known: DeviceState) -> int:
 
     spec = known.spec
     if spec.type != "loop":
-        raise DaemonError(errno.EINVAL, what, f"a {spec.type} device has no file")
+        raise DaemonError(errno.EINVAL, what, f"a {spec.type} device has no file: say a size")
     with _backing_file(what, known) as file:
-        room = file_nr_bytes(file.fileno()) - spec.offset_bytes
-    if spec.limit_bytes is not None:
-        room = min(room, spec.limit_bytes)
-    logical_bs = spec.logical_bs or uapi.SECTOR_BYTES
-    if room < logical_bs:
-        raise DaemonError(errno.EINVAL, what, f"{spec.path} does not hold one block any more")
-    return room // logical_bs * logical_bs
+        return max(0, file_nr_bytes(file.fileno()) - spec.offset_bytes)
 
 
 def _backing_file(what: str, known: DeviceState) -> IO[bytes]:

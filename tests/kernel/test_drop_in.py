@@ -1,17 +1,23 @@
-"""``ublk`` in scripts written for the reference server: they name devices, grep, kill and delete.
+"""``ublk`` in scripts written for the reference server, or for the kernel's test server.
 
-One shell script does what such scripts do, with their greps, on commands that are processes.
+They name devices, grep, kill and delete. One shell script does what such scripts do, with their
+greps, on commands that are processes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import Result
+
+from ublk_loop import uapi
 
 SCRIPT = r"""
 set -eu
@@ -66,3 +72,60 @@ def test_a_script_for_the_reference_server_runs_with_ublk_in_its_place(
         ["bash", "-x", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+def test_words_of_the_kernels_test_server_are_taken(
+    here: Callable[..., Result],
+    state_dir: Path,
+    backing_file: Callable[..., Path],
+    open_block: Any,
+    pattern: Callable[..., bytes],
+    wait_until: Callable[..., None],
+    features: int,
+) -> None:
+    data = pattern(4096)
+    path = backing_file(1 << 20, data)
+    words = f"-t loop -q 2 -u -r 1 -i 1 {path}"
+    added = json.loads(here(f"add --json {words}").stdout)
+    dev_id = added["dev_id"]
+    assert added["flags"] & uapi.UBLK_F_USER_COPY
+    assert json.loads(here("add --json -t null -g").stdout)["flags"] & uapi.UBLK_F_NEED_GET_DATA
+    if features & uapi.UBLK_F_AUTO_BUF_REG:
+        assert (
+            here("add -t loop --auto_zc --auto_zc_fallback", backing_file(1 << 20)).exit_code == 0
+        )
+
+    assert here("quiesce -n", dev_id).exit_code == 0
+    [shown] = json.loads(here("list --json -n", dev_id).stdout)
+    assert shown["state"] == "QUIESCED"
+    other = here(f"recover -n {dev_id} -t loop -q 2", backing_file(1 << 20))
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert f"it is loop {path}" in other.stderr
+    assert here("recover -t nothing -n", dev_id).exit_code == 2
+    assert "state LIVE" in here(f"recover -n {dev_id} {words}").stdout
+    with open_block(added["block_device"]) as client:
+        assert client.read(0, 4096) == data
+    here("del -a --force")
+
+
+def test_partitions_are_looked_for_only_when_asked_if_so_told(
+    here: Callable[..., Result],
+    state_dir: Path,
+    backing_file: Callable[..., Path],
+    run: Callable[..., str],
+    features: int,
+) -> None:
+    # One partition of type 83 from sector 2048 on, 2,048 sectors long.
+    entry = bytes(4) + b"\x83" + bytes(3) + (2048).to_bytes(4, "little") * 2
+    table = bytes(446) + entry + bytes(48) + b"\x55\xaa"
+    path = backing_file(4 << 20, table)
+    if not features & uapi.UBLK_F_NO_AUTO_PART_SCAN:
+        refused = here("add -t loop --no_auto_part_scan", path)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert "does not offer it" in refused.stderr
+        return
+    device = json.loads(here("add --json -t loop --no_auto_part_scan", path).stdout)
+    sysfs = Path("/sys/block", f"ublkb{device['dev_id']}")
+    assert not (sysfs / f"{sysfs.name}p1").exists()
+    run("blockdev", "--rereadpt", device["block_device"])
+    assert (sysfs / f"{sysfs.name}p1").exists()

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from daemons import Daemon
 from writers import SyncedWriter
+
+from ublk_loop import cli
 
 WaitUntil = Callable[..., None]
 FILE_BYTES = 64 << 20
@@ -113,6 +116,22 @@ def test_upgrade_is_refused_and_the_server_stays_where_requests_would_fail(
     assert "without recovery" in reply["err"] or "requests would fail" in reply["err"]
     assert daemon.server_pid(added["dev_id"]) == added["server_pid"]
     assert daemon.ask("upgrade", dev_id=77)["exit_code"] == 1
+
+
+def test_daemon_stays_when_what_is_installed_cannot_take_its_place(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = daemon.add("-t null")
+    image = Path(f"/proc/{daemon.pid}/auxv")  # addresses, which are others once it has executed
+    before = image.read_bytes()
+    monkeypatch.delattr("ublk_loop.sandbox", raising=False)
+    monkeypatch.setitem(sys.modules, "ublk_loop.sandbox", None)
+    refused = CliRunner().invoke(cli.cli, ["upgrade", "-a"], prog_name="ublk")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "cannot run, nothing was changed" in refused.stderr
+    assert daemon.ask("reload", executable="/nonexistent/python")["exit_code"] == 1
+    assert image.read_bytes() == before
+    assert daemon.server_pid(added["dev_id"]) == added["server_pid"]
 
 
 def test_upgrade_without_a_daemon_replaces_the_server_too(
