@@ -69,12 +69,16 @@ def ask(request: dict[str, Any]) -> dict[str, Any] | None:
     connection = _connect()
     if connection is None:
         return None
+    data = bytearray()
     with connection:
         connection.settimeout(REPLY_TIMEOUT_S)
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        data = bytearray()
-        while part := connection.recv(65536):
-            data += part
+        try:
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            while part := connection.recv(65536):
+                data += part
+        except (BrokenPipeError, ConnectionResetError):
+            # It ended without having read the request: net/unix/af_unix.c, unix_release_sock().
+            return None
     if not data:
         raise ConnectionError("the daemon went away")
     reply: dict[str, Any] = json.loads(data)

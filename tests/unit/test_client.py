@@ -1,0 +1,43 @@
+"""The client of the daemon, when the daemon ends meanwhile."""
+
+from __future__ import annotations
+
+import select
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ublk_loop import client, paths
+
+
+@pytest.fixture
+def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with paths.short(paths.socket_path()) as address:
+        listener.bind(address)
+    listener.listen()
+    return listener
+
+
+def test_request_that_an_ending_daemon_never_read_is_as_if_none_ran(
+    listener: socket.socket,
+) -> None:
+    # It failed with ECONNRESET, and so did `ublk add`, which could have started another daemon.
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(client.ask, {"command": "status"})
+        assert select.select([listener], [], [], 10)[0]
+        listener.close()
+        assert asked.result(10) is None
+
+
+def test_request_that_a_daemon_took_before_it_ended_is_an_error(listener: socket.socket) -> None:
+    with listener, ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(client.ask, {"command": "status"})
+        connection, _ = listener.accept()
+        assert connection.recv(1000).endswith(b"\n")
+        connection.close()
+        with pytest.raises(ConnectionError, match="went away"):
+            asked.result(10)
