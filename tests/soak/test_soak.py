@@ -13,7 +13,7 @@ Some kernel tests go on for longer when told so, which docs/reliability.md did f
     UBLK_LOOP_SOAK_DAEMON_KILLS=1000  tests/kernel/test_recovery.py -k any_moment
     UBLK_LOOP_SOAK_CUTS=100       tests/kernel/test_power_cut.py   (each of three; 4 GiB of memory)
 
-tests/soak/fuzz.py needs no driver.
+tests/soak/fuzz.py needs no driver; tests/soak/machine_cuts.py kills the guests that it starts.
 """
 
 from __future__ import annotations
