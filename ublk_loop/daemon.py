@@ -188,7 +188,7 @@ class Daemon:
 
     def added(self, dev_id: int, server: process.ServerProcess) -> None:
         """Take over a server that was just started."""
-        self._supervised(dev_id).watch(server)
+        self._supervised(dev_id).take(server)
 
     def _status(self) -> dict[str, Any]:
         devices = [

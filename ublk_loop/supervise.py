@@ -87,11 +87,30 @@ class Supervised:
         """The server's pid, while there is one."""
         return self._process.pid if self._process else None
 
+    def take(self, process: ServerProcess) -> None:
+        """Take over the server of a device just added; an earlier one of its number is gone."""
+        if self._launch is None:
+            self._cancel_timer()
+        self._trouble = None
+        self.nr_recoveries = 0
+        self.watch(process)
+
     def watch(self, process: ServerProcess) -> None:
         """Take over a server that serves the device; the pidfd becomes ours."""
+        if self._process is not None:
+            self._watch_no_more(self._process, process.pid)
         self._process = process
         self.phase = "SERVED"
         self._loop.watch(process.fileno(), self._server_ended)
+
+    def _watch_no_more(self, old: ServerProcess, new_pid: int) -> None:
+        # Numbers are used again at once: the last server's end may not have been seen yet. Or it
+        # was, and look() has found the new one by its state file before it reported.
+        if old.pid == new_pid:
+            self._loop.unwatch(old.fileno())
+            old.close()
+        else:
+            self._loop.watch(old.fileno(), lambda: let_go(self._loop, old))
 
     def look(self) -> None:
         """Read the state file, and do what it calls for: watch, recover, or forget."""
@@ -247,7 +266,8 @@ class Supervised:
 
         def ended() -> None:
             let_go(self._loop, process)
-            self._end()
+            if self.phase == "ENDING":  # else a new device has the number
+                self._end()
 
         self._loop.watch(process.fileno(), ended)
 
