@@ -141,8 +141,8 @@ def test_verbose_text_has_the_reference_servers_sections() -> None:
 def test_features_text_names_each_bit_and_keeps_one_that_is_new() -> None:
     assert listing.features_text(0x9 | 1 << 40).splitlines() == [
         "ublk_drv features: 0x10000000009",
-        "\tZERO_COPY           : 0x1",
-        "\tUSER_RECOVERY       : 0x8",
+        "\tZERO_COPY           : 0x1       UBLK_F_SUPPORT_ZERO_COPY",
+        "\tUSER_RECOVERY       : 0x8       UBLK_F_USER_RECOVERY",
         "\tunknown             : 0x10000000000",
     ]
 
