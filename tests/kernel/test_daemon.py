@@ -28,6 +28,7 @@ Ublk = Callable[..., subprocess.CompletedProcess[str]]
 WaitUntil = Callable[..., None]
 FILE_BYTES = 4 << 20
 MAX_PSS_KIB = 6 << 10
+NR_DEVICES = int(os.environ.get("UBLK_LOOP_SOAK_DEVICES", "20"))
 
 
 def _is_alive(pid: int) -> bool:
@@ -170,23 +171,37 @@ def test_daemon_adds_the_devices_of_its_configuration(
         process.wait()
 
 
+@pytest.mark.deadline(120 + 5 * NR_DEVICES)
 def test_idle_device_costs_little_memory_and_the_daemon_does_not_wake_up(
     daemon: Daemon, wait_until: WaitUntil
 ) -> None:
-    added = [daemon.add("-t null -d 128") for _ in range(20)]
-    pids = [device["server_pid"] for device in added]
-    rollup = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
-    pss_kib = [int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) for text in rollup]  # type: ignore[index]
-    print("PSS in KiB:", pss_kib)
+    began = time.monotonic()
+    added = [daemon.add("-t null -d 128") for _ in range(NR_DEVICES)]
+    added_s = time.monotonic() - began
+    daemon_pid = daemon.pid
+    pss_kib = [_pss_kib(device["server_pid"]) for device in added]
+    with_daemon_kib = (sum(pss_kib) + _pss_kib(daemon_pid)) / NR_DEVICES
+    print(f"{NR_DEVICES} devices added in {added_s:.1f} s; PSS of a server {min(pss_kib)} to")
+    print(f"{max(pss_kib)} KiB, on average {with_daemon_kib:.0f} with its share of the daemon")
     assert max(pss_kib) <= MAX_PSS_KIB
+    assert len(daemon.status()["devices"]) == NR_DEVICES
 
     def switches() -> str:
         return re.findall(r"ctxt_switches:\s+\d+", Path(f"/proc/{daemon_pid}/status").read_text())
 
-    daemon_pid = daemon.pid
     before = switches()
     with pytest.raises(TimeoutError):
         _wait_for_change(switches, before, timeout_s=2)
+    began = time.monotonic()
+    for device in added:
+        manage.delete(device["dev_id"])
+    wait_until(lambda: daemon.status()["devices"] == [], timeout_s=30)
+    print(f"all deleted in {time.monotonic() - began:.1f} s")
+
+
+def _pss_kib(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1])  # type: ignore[index]
 
 
 def _wait_for_change(look: Callable[[], object], before: object, timeout_s: float) -> None:

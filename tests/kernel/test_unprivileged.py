@@ -6,7 +6,6 @@ import ctypes
 import errno
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from children import in_child
 from click.testing import CliRunner
 from servers import reap_children
+from udev import running_udev
 
 # What a command of a user imports: the files may be out of a plain user's reach.
 from ublk_loop import (  # noqa: F401
@@ -33,34 +33,17 @@ from ublk_loop import (  # noqa: F401
 from ublk_loop.control import Control
 
 RULES = Path(__file__).parents[2] / "contrib/udev/60-ublk.rules"
-INSTALLED = Path("/run/udev/rules.d/60-ublk.rules")
 OWNER, OTHER = 60001, 60002
 PR_SET_DUMPABLE = 4
 FILE_BYTES = 1 << 20
 
 
 @pytest.fixture
-def udev(
-    leaves_nothing: object, run: Callable[..., str], wait_until: Callable[..., None]
-) -> Iterator[None]:
+def udev(leaves_nothing: object) -> Iterator[None]:
     """udev with our rules, and ``ublk`` where it is."""
-    INSTALLED.parent.mkdir(parents=True, exist_ok=True)
-    command = f"{sys.executable} -m ublk_loop"
-    INSTALLED.write_text(RULES.read_text().replace("/usr/local/sbin/ublk", command))
-    control_mode = os.stat(uapi.CONTROL_PATH).st_mode & 0o777
-    process = subprocess.Popen(["/lib/systemd/systemd-udevd"])
-    try:
-        ping = ["udevadm", "control", "--ping"]
-        wait_until(lambda: subprocess.run(ping, capture_output=True).returncode == 0, timeout_s=30)
-        run("udevadm", "trigger", "--settle", "/sys/class/misc/ublk-control")
+    rules = RULES.read_text().replace("/usr/local/sbin/ublk", f"{sys.executable} -m ublk_loop")
+    with running_udev(RULES.name, rules):
         yield
-        run("udevadm", "settle")
-    finally:
-        run("udevadm", "control", "--exit", check=False)
-        process.wait(30)
-        INSTALLED.unlink()
-        Path("/run/udev/control").unlink(missing_ok=True)
-        os.chmod(uapi.CONTROL_PATH, control_mode)
 
 
 User = Callable[..., dict[str, Any]]
