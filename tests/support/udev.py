@@ -12,7 +12,7 @@ from pathlib import Path
 from ublk_loop import uapi
 
 RULES_DIR = Path("/run/udev/rules.d")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 # What later versions of the package do with every ublk disk, and Debian 12's with other disks only:
 # probe it when it comes, and again whenever somebody has closed it after writing.
 PROBE_RULES = """
@@ -40,8 +40,8 @@ def running_udev(name: str, rules: str) -> Iterator[None]:
         yield
         _udevadm("settle", f"--timeout={TIMEOUT_S:.0f}")
     finally:
-        subprocess.run(["udevadm", "control", "--exit"], capture_output=True, timeout=TIMEOUT_S)
-        process.wait(TIMEOUT_S)
+        process.terminate()  # as `udevadm control --exit`, which it may take for somebody else's
+        process.wait(2 * TIMEOUT_S)
         installed.unlink()
         Path("/run/udev/control").unlink(missing_ok=True)
         os.chmod(uapi.CONTROL_PATH, control_mode)
