@@ -35,6 +35,32 @@ def test_resident_pages_are_read_and_written_at_once(
     assert path.read_bytes()[512 + 8 * KIB :] == pattern(MIB)[512 + 8 * KIB :]
 
 
+def test_file_in_memory_is_flushed_and_gives_up_pages_at_once(
+    device, backing_file, open_block, pattern
+) -> None:
+    path = backing_file(4 * MIB, pattern(4 * MIB))
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        before = dev.hctxs[0].stats()
+        client.flush()
+        client.discard(MIB, 64 * KIB)
+        client.zero_out(2 * MIB, 64 * KIB)
+        client.write(3 * MIB, bytes(4 * KIB), flags=os.RWF_DSYNC)
+        after = dev.hctxs[0].stats()
+        served = sum(
+            getattr(after, name) - getattr(before, name)
+            for name in ("nr_flushes", "nr_discards", "nr_writes")
+        )
+        assert served >= 4
+        assert after.nr_inline - before.nr_inline == served
+        client.discard(0, 2 * MIB)  # would keep the queue: a worker does it
+        assert dev.hctxs[0].stats().nr_inline == after.nr_inline
+    expected = bytearray(pattern(4 * MIB))
+    for offset, nr_bytes in [(0, 2 * MIB), (2 * MIB, 64 * KIB), (3 * MIB, 4 * KIB)]:
+        expected[offset : offset + nr_bytes] = bytes(nr_bytes)
+    assert path.read_bytes() == expected
+
+
 def _is_cached(path: Path, offset: int, nr_bytes: int) -> bool:
     with path.open("rb") as file:
         try:

@@ -23,7 +23,7 @@
  * mapping in memory only; on a disk it is an inline pwrite if it overwrites
  * resident pages, together with its neighbours in the batch.  Everything else
  * goes the way of 2014: writes that allocate or must read first, flushes,
- * discards, all of a network file system.
+ * discards (but of a file in memory), all of a network file system.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
@@ -81,6 +81,9 @@ struct shmem_buffer {
  * joined. */
 #define JOINED_MAX	(32 * 1024)
 #define CHUNK_BYTES	(128 * 1024)
+/* A discard, or zeroes, of a file in memory that is larger than this is for a
+ * worker: it would keep the hctx. */
+#define INLINE_MAX	(1024 * 1024)
 
 static __thread char chunk[CHUNK_BYTES] __attribute__((aligned(4096)));
 
@@ -727,7 +730,8 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 	bool is_async = t->cold == COLD_ASYNC &&
 			t->config.flags & UL_TARGET_DIRECT;
 
-	if (req->op_flags & UBLK_IO_F_FUA && !is_async)
+	if (req->op_flags & UBLK_IO_F_FUA && !is_async &&
+	    t->cold != COLD_INLINE)
 		return UL_RQ_QUEUED;
 	if (is_async && ul_hctx_is_registered(req))
 		return UL_RQ_ASYNC;
@@ -751,6 +755,15 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 	return is_async ? UL_RQ_ASYNC : UL_RQ_QUEUED;
 }
 
+/* A file in memory has nothing to flush, and gives up a few pages at once. */
+static enum ul_rq_status auto_other(struct ul_target *t, struct ul_request *req)
+{
+	if (t->cold != COLD_INLINE || req->nr_bytes > INLINE_MAX)
+		return UL_RQ_QUEUED;
+	req->res = loop_execute(t, req);
+	return UL_RQ_DONE;
+}
+
 static enum ul_rq_status target_queue_auto(struct ul_target *t,
 					   struct ul_plug *plug,
 					   struct ul_request *req)
@@ -763,7 +776,7 @@ static enum ul_rq_status target_queue_auto(struct ul_target *t,
 	case UBLK_IO_OP_WRITE:
 		return auto_write(t, plug, req);
 	default:
-		return UL_RQ_QUEUED;
+		return auto_other(t, req);
 	}
 }
 
