@@ -19,8 +19,8 @@ from lives import Lives, World
 from ublk_loop import client
 
 SOAK_LIVES = os.environ.get("UBLK_LOOP_SOAK_LIVES")
-NR_LIVES = int(SOAK_LIVES or "5")
-NR_STEPS = int(os.environ.get("UBLK_LOOP_SOAK_STEPS", "10"))
+NR_LIVES = int(SOAK_LIVES or "3")
+NR_STEPS = int(os.environ.get("UBLK_LOOP_SOAK_STEPS", "8"))
 SEED = int(os.environ.get("UBLK_LOOP_SOAK_SEED", "1"))
 
 
