@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 DEADLINE_S = 120
@@ -24,6 +25,9 @@ _stderr_fd = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): when the run is given up as hung")
+    # No timed assertions: an example takes as long as a shared machine lets it.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     # A shell's background job comes with SIGINT ignored; the tests are about a person's Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before a test's output is captured: where the stacks of a hang go.

@@ -49,7 +49,6 @@ def _run(world: World) -> None:
         settings=settings(
             max_examples=NR_LIVES,
             stateful_step_count=NR_STEPS,
-            deadline=None,
             database=None,
             phases=phases,
             derandomize=not SOAK_LIVES,

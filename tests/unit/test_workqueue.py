@@ -160,7 +160,7 @@ def test_queue_delayed_work_refuses_a_delay_out_of_range(wq: Workqueue, delay_s:
 # ---- items ----
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(numbers=st.lists(st.integers(0, 9), max_size=100), mem_reclaim=st.booleans())
 def test_an_ordered_workqueue_runs_items_in_the_order_of_queueing(
     numbers: list[int], mem_reclaim: bool
@@ -172,7 +172,7 @@ def test_an_ordered_workqueue_runs_items_in_the_order_of_queueing(
     assert ran == numbers
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(max_active=st.integers(1, 5), nr_items=st.integers(0, 60), nr_queuers=st.integers(1, 3))
 def test_every_item_runs_once_and_never_more_than_max_active_at_once(
     max_active: int, nr_items: int, nr_queuers: int
@@ -402,7 +402,7 @@ def test_waiting_for_itself_is_refused_when_an_item_flushes_cancels_or_closes() 
 # ---- delayed items ----
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(delays_ms=st.lists(st.integers(0, 20), max_size=8))
 def test_delayed_items_run_in_the_order_of_their_times(delays_ms: list[int]) -> None:
     ran: list[int] = []
@@ -686,7 +686,7 @@ def nr_idle_after_culling(nr_idle: int, nr_busy: int) -> int:
     return nr_idle
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data(), nr_workers=st.integers(1, 14))
 def test_idle_workers_leave_until_two_and_a_quarter_of_the_busy_ones_are_left(
     data: st.DataObject, nr_workers: int

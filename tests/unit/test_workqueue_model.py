@@ -263,6 +263,4 @@ def teardown_module() -> None:
 
 
 TestWorkqueueModel = pytest.mark.deadline(300)(WorkqueueMachine.TestCase)
-TestWorkqueueModel.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, print_blob=True
-)
+TestWorkqueueModel.settings = settings(max_examples=80, stateful_step_count=40, print_blob=True)
