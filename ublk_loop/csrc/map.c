@@ -47,6 +47,7 @@ struct ul_map {
 	uint64_t		nr_bytes;	/* I: from byte 0 */
 	uint64_t		nr_pages;	/* I: of bytes */
 	unsigned int		page_shift;	/* I */
+	_Atomic unsigned int	nr_forgets;	/* A */
 	_Atomic uint64_t	*read;		/* I: owned, behind resident; a
 						 * bit a page, A: read cold */
 	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
@@ -118,6 +119,7 @@ static bool map_knows(const struct ul_map *m, uint64_t page)
 
 static void map_forget_all(struct ul_map *m)
 {
+	atomic_fetch_add(&m->nr_forgets, 1);
 	for (uint64_t word = 0; word * WORD_BITS < m->nr_pages; word++)
 		atomic_store_explicit(&m->resident[word], 0,
 				      memory_order_relaxed);
@@ -266,6 +268,11 @@ bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
 					 memory_order_relaxed);
 	}
 	return is_first;
+}
+
+unsigned int ul_map_nr_forgets(const struct ul_map *m)
+{
+	return atomic_load_explicit(&m->nr_forgets, memory_order_relaxed);
 }
 
 void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)

@@ -22,6 +22,8 @@ char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
  * a stream is not that, but for its beginning.  Any thread. */
 bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
 			  uint64_t nr_bytes);
+/* How often it was found that pages had been reclaimed.  Any thread. */
+unsigned int ul_map_nr_forgets(const struct ul_map *map);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that
  * does not block SIGBUS. */
 bool ul_map_copy(void *to, const void *from, uint64_t nr_bytes);

@@ -20,10 +20,13 @@
  * file system can do that without one of io_uring's own threads; in memory
  * (tmpfs) it is done inline.  The first read of a cold page goes past the page
  * cache, which it need not evict anything from.  A write is copied to the
- * mapping in memory only; on a disk it is an inline pwrite if it overwrites
- * resident pages, together with its neighbours in the batch.  Everything else
+ * mapping in memory, and on a disk where folios are known to be small; else
+ * there it is an inline pwrite if it overwrites resident pages, together with
+ * its neighbours in the batch.  Everything else
  * goes the way of 2014: writes that allocate or must read first, flushes,
- * discards (but of a file in memory), all of a network file system.
+ * discards (but of a file in memory), all of a network file system; and the write
+ * in whose turn the folios of its place are split (folios.c), with those that
+ * follow it there.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
@@ -46,6 +49,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "folios.h"
 #include "hctx.h"
 #include "map.h"
 #include "reads.h"
@@ -99,6 +103,7 @@ struct ul_target {
 	struct ul_request	*writing;	/* W: taken, not yet run */
 	struct ul_request	*current;	/* W: Python has it */
 	struct ul_map		*map;		/* I: owned; NULL: not mapped */
+	struct ul_folios	*folios;	/* I: owned; NULL: any size will do */
 	enum target_cold	cold;		/* I: loop */
 	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
@@ -124,10 +129,28 @@ static bool fd_is_in_memory(int fd)
 	       (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 }
 
+static int target_make_map(struct ul_target *t)
+{
+	const struct ul_target_config *config = &t->config;
+	bool read_only = config->flags & UL_TARGET_READ_ONLY;
+	int ret;
+
+	ret = ul_map_create(config->fd, config->offset_bytes,
+			    config->dev_nr_bytes, read_only, &t->map);
+	if (ret || read_only)
+		return ret == -EOPNOTSUPP ? 0 : ret;
+	ret = ul_folios_create(t->map, config->direct_fd, config->offset_bytes,
+			       config->dev_nr_bytes, &t->folios);
+	if (ret) {
+		ul_map_destroy(t->map);
+		t->map = NULL;
+	}
+	return ret;
+}
+
 static int target_init_loop(struct ul_target *t)
 {
 	int fd = t->config.fd;
-	int ret;
 
 	if (fd_is_in_memory(fd))
 		t->cold = COLD_INLINE;
@@ -136,9 +159,7 @@ static int target_init_loop(struct ul_target *t)
 	if (t->config.policy != UL_POLICY_AUTO ||
 	    !(t->config.flags & UL_TARGET_MAP))
 		return 0;
-	ret = ul_map_create(fd, t->config.offset_bytes, t->config.dev_nr_bytes,
-			    t->config.flags & UL_TARGET_READ_ONLY, &t->map);
-	return ret == -EOPNOTSUPP ? 0 : ret;
+	return target_make_map(t);
 }
 
 int ul_target_create(const struct ul_target_config *config,
@@ -171,6 +192,7 @@ void ul_target_destroy(struct ul_target *t)
 {
 	if (!t)
 		return;
+	ul_folios_destroy(t->folios);
 	ul_map_destroy(t->map);
 	pthread_mutex_destroy(&t->ordered_lock);
 	free(t);
@@ -531,6 +553,8 @@ static int target_write_work(struct ul_work *work)
 	if (!req)
 		req = target_next_ordered(t);
 	while (req) {
+		if (t->folios && req->op == UBLK_IO_OP_WRITE)
+			ul_folios_split(t->folios, req->offset_bytes);
 		if (!ordered_run(t, req) &&
 		    request_run(t, req, work) == UL_WORK_ATTEND) {
 			t->current = req;
@@ -677,13 +701,35 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 }
 
 /* A mapped write would make a disk's file system prepare all of a large folio
- * for each page (ext4, v7.3): there, overwrite resident pages by pwrite. */
+ * for each page (ext4, v7.3): there, overwrite resident pages by pwrite, unless
+ * folios.c has made them small. */
+static bool auto_write_by_map(struct ul_target *t, struct ul_plug *plug,
+			      struct ul_request *req)
+{
+	if (t->cold == COLD_INLINE)
+		return auto_use_map(t, plug, req);
+	if (!t->folios ||
+	    !ul_folios_are_small(t->folios, req->offset_bytes, req->nr_bytes))
+		return false;
+	ul_folios_note_write(t->folios, req->offset_bytes, req->nr_bytes);
+	return auto_use_map(t, plug, req);
+}
+
 static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 			    struct ul_request *req)
 {
 	return t->cold == COLD_INLINE ||
 	       (auto_may_map(t, plug, req) &&
 		ul_map_find(t->map, req->offset_bytes, req->nr_bytes));
+}
+
+static void auto_execute_run(const struct ul_target *t,
+			     struct ul_write_run *run)
+{
+	if (t->folios)
+		ul_folios_note_write(t->folios, run->first->offset_bytes,
+				     run->nr_bytes);
+	run_execute(t, run);
 }
 
 static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
@@ -698,7 +744,7 @@ static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
 		return;
 	}
 	if (run->first)
-		run_execute(t, run);
+		auto_execute_run(t, run);
 	run_begin(run, req);
 }
 
@@ -733,9 +779,11 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 	if (req->op_flags & UBLK_IO_F_FUA && !is_async &&
 	    t->cold != COLD_INLINE)
 		return UL_RQ_QUEUED;
+	if (t->folios && ul_folios_are_due(t->folios, req->offset_bytes))
+		return UL_RQ_QUEUED;
 	if (is_async && ul_hctx_is_registered(req))
 		return UL_RQ_ASYNC;
-	if (t->cold == COLD_INLINE && auto_use_map(t, plug, req)) {
+	if (auto_write_by_map(t, plug, req)) {
 		req->res = req->nr_bytes;
 		return UL_RQ_DONE;
 	}
@@ -812,7 +860,7 @@ void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,
 
 	plug->file_bytes = 0;
 	if (plug->run.first)
-		run_execute(t, &plug->run);
+		auto_execute_run(t, &plug->run);
 	plug_queue_reads(t, wq, plug);
 	if (!plug->head)
 		return;

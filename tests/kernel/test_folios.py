@@ -1,0 +1,104 @@
+"""Files of ext4 that are written a little at a time: small folios, and the same bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+import struct
+from pathlib import Path
+
+import pytest
+
+from ublk_loop.target import LoopTarget
+
+KIB = 1 << 10
+MIB = 1 << 20
+PAGE = mmap.PAGESIZE
+REGION = 2 * MIB
+DUE = 64  # small writes before a region is split
+COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
+
+
+def _nr_pages_in_large_folios(path: Path, offset: int, nr_bytes: int) -> int:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), nr_bytes, offset=offset) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for at in range(0, nr_bytes, PAGE):
+            assert memory[at] >= 0  # puts the page into our page table
+        numbers = _read_u64s("/proc/self/pagemap", address // PAGE, nr_bytes // PAGE)
+        frames = [number & ((1 << 55) - 1) for number in numbers]
+    flags = [_read_u64s("/proc/kpageflags", frame, 1)[0] for frame in frames]
+    return sum(bool(flag & COMPOUND) for flag in flags)
+
+
+def _read_u64s(path: str, index: int, count: int) -> tuple[int, ...]:
+    with open(path, "rb") as file:
+        return struct.unpack(f"={count}Q", os.pread(file.fileno(), 8 * count, 8 * index))
+
+
+@pytest.mark.parametrize("offset_bytes", [0, PAGE])
+def test_region_that_is_written_a_little_at_a_time_gets_small_folios_and_keeps_its_bytes(
+    device, backing_file, ext4_folder, open_block, pattern, offset_bytes
+) -> None:
+    path = backing_file(3 * REGION, pattern(3 * REGION), folder=ext4_folder)
+    has_large = _nr_pages_in_large_folios(path, 0, REGION)
+    dev = device(LoopTarget(path, offset_bytes=offset_bytes), policy="auto")
+    model = bytearray(pattern(3 * REGION)[offset_bytes:])
+    rng = random.Random(1)
+    with open_block(dev.block_path) as client:
+        for turn in range(2 * DUE):
+            at = rng.randrange(PAGE, REGION - PAGE, 512)
+            model[at : at + 1024] = pattern(1024, seed=turn)
+            assert client.write(at, pattern(1024, seed=turn)) == 1024
+        assert client.read(0, REGION) == model[:REGION]
+        assert dev.hctxs[0].stats().nr_errors == 0
+    assert path.read_bytes()[offset_bytes:] == model
+    # Folios at the edges may be shared with what is around the device.
+    assert _nr_pages_in_large_folios(path, 0, REGION - 64 * KIB) <= 16
+    if has_large:
+        assert _nr_pages_in_large_folios(path, REGION, REGION) > 0
+
+
+@pytest.fixture
+def failing(backing_file, attach_loop, mounted, run, tmp_path):
+    """``folder, fail``: ext4 on a disk that refuses writes after ``fail(True)``."""
+    name = f"ublk-loop-failing-{os.getpid()}"
+    node = Path("/dev/mapper", name)
+    with attach_loop(backing_file(16 * MIB)) as disk:
+        run("modprobe", "dm_flakey")
+        run("dmsetup", "create", name, "--table", f"0 {32 * KIB} linear {disk} 0")
+        run("dmsetup", "mknodes")
+        run("mkfs.ext4", "-q", "-O", "^has_journal", node)
+
+        def fail(is_failing: bool) -> None:
+            target = f"flakey {disk} 0 0 3600 1 error_writes" if is_failing else f"linear {disk} 0"
+            run("dmsetup", "suspend", "--nolockfs", name)
+            run("dmsetup", "load", name, "--table", f"0 {32 * KIB} {target}")
+            run("dmsetup", "resume", name)
+
+        with mounted(node) as folder:
+            yield folder, fail
+        run("dmsetup", "remove", "--retry", name)
+
+
+def test_flush_reports_what_could_not_be_written_back_before_a_split(
+    failing, device, open_block, pattern, raises_errno
+) -> None:
+    """Whoever waits for a write-back takes note of its error: only a flush may."""
+    folder, fail = failing
+    path = folder / "backing"
+    path.write_bytes(pattern(REGION))
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        client.flush()
+        fail(True)
+        for turn in range(DUE + 1):
+            assert client.write(turn * 5 * PAGE, pattern(PAGE, seed=turn)) == PAGE
+        fail(False)
+        with raises_errno(errno.EIO):
+            client.flush()
+        for turn in range(DUE + 1):
+            assert client.read(turn * 5 * PAGE, PAGE) == pattern(PAGE, seed=turn)
+        client.flush()
