@@ -82,6 +82,33 @@ def test_size_may_be_chosen_and_is_only_made_smaller_by_force_while_in_use(
     assert _nr_bytes(device) == MIB
 
 
+def test_what_a_device_has_grown_by_is_read_written_and_discarded(
+    here: Here,
+    backing_file: Callable[..., Path],
+    ext4_folder: Path,
+    open_block: Any,
+    pattern: Callable[..., bytes],
+    features: int,
+) -> None:
+    if not features & uapi.UBLK_F_UPDATE_SIZE:
+        return
+    path = backing_file(MIB, folder=ext4_folder)
+    dev_id, device = _added(here, "-t loop -f", path)
+    os.truncate(path, 64 << 30)
+    assert here("resize -n", dev_id).exit_code == 0
+    data = pattern(64 << 10)
+    with open_block(device) as client:
+        for offset in (MIB - 4096, 3 * MIB, 32 << 30, (64 << 30) - len(data)):
+            assert client.read(offset, len(data)) == bytes(len(data))
+            for _ in range(3):
+                assert client.write(offset, data) == len(data)
+            assert client.read(offset, len(data)) == data
+            client.discard(offset, len(data))
+            assert client.read(offset, len(data)) == bytes(len(data))
+    [shown] = json.loads(here("list --json -n", dev_id).stdout)
+    assert shown["state"] == "LIVE"
+
+
 def test_recovery_keeps_the_new_size(
     here: Here, backing_file: Callable[..., Path], features: int
 ) -> None:

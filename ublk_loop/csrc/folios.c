@@ -101,6 +101,14 @@ void ul_folios_destroy(struct ul_folios *f)
 	free(f);
 }
 
+/* A device that has grown since has more than that: all behind is the last. */
+static uint64_t folios_region(const struct ul_folios *f, uint64_t offset_bytes)
+{
+	if (offset_bytes > f->nr_bytes)
+		offset_bytes = f->nr_bytes;
+	return offset_bytes >> REGION_SHIFT;
+}
+
 /* Pages were reclaimed: what comes back may come in large folios. */
 static void folios_begin_anew(struct ul_folios *f, unsigned int nr_forgets)
 {
@@ -113,7 +121,7 @@ static void folios_begin_anew(struct ul_folios *f, unsigned int nr_forgets)
 void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
 			  uint64_t nr_bytes)
 {
-	_Atomic uint16_t *nr = &f->nr_writes[offset_bytes >> REGION_SHIFT];
+	_Atomic uint16_t *nr = &f->nr_writes[folios_region(f, offset_bytes)];
 	unsigned int nr_forgets = ul_map_nr_forgets(f->map);
 	uint16_t seen;
 
@@ -128,7 +136,9 @@ void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
 
 bool ul_folios_are_due(const struct ul_folios *f, uint64_t offset_bytes)
 {
-	return atomic_load_explicit(&f->nr_writes[offset_bytes >> REGION_SHIFT],
+	uint64_t region = folios_region(f, offset_bytes);
+
+	return atomic_load_explicit(&f->nr_writes[region],
 				    memory_order_relaxed) == DUE &&
 	       !atomic_load_explicit(&f->is_off, memory_order_relaxed);
 }
@@ -136,8 +146,10 @@ bool ul_folios_are_due(const struct ul_folios *f, uint64_t offset_bytes)
 bool ul_folios_are_small(const struct ul_folios *f, uint64_t offset_bytes,
 			 uint64_t nr_bytes)
 {
+	uint64_t region = folios_region(f, offset_bytes);
+
 	return nr_bytes <= MAPPED_BYTES &&
-	       atomic_load_explicit(&f->nr_writes[offset_bytes >> REGION_SHIFT],
+	       atomic_load_explicit(&f->nr_writes[region],
 				    memory_order_relaxed) > DUE;
 }
 
@@ -172,7 +184,8 @@ static void folios_make_cold(struct ul_folios *f, uint64_t begin, uint64_t end)
 
 void ul_folios_split(struct ul_folios *f, uint64_t offset_bytes)
 {
-	uint64_t begin = offset_bytes >> REGION_SHIFT << REGION_SHIFT;
+	uint64_t region = folios_region(f, offset_bytes);
+	uint64_t begin = region << REGION_SHIFT;
 	uint64_t end = begin + (1 << REGION_SHIFT);
 
 	if (!ul_folios_are_due(f, offset_bytes))
@@ -191,6 +204,6 @@ void ul_folios_split(struct ul_folios *f, uint64_t offset_bytes)
 	}
 	if (f->nr_vain == VAIN_MAX)
 		atomic_store(&f->is_off, true);
-	atomic_store_explicit(&f->nr_writes[begin >> REGION_SHIFT], DUE + 1,
+	atomic_store_explicit(&f->nr_writes[region], DUE + 1,
 			      memory_order_relaxed);
 }

@@ -145,12 +145,20 @@ static void map_ask(struct ul_map *m, uint64_t word)
 				 memory_order_relaxed);
 }
 
+/* A device that has grown since has more than that. */
+static bool map_has(const struct ul_map *m, uint64_t offset_bytes,
+		    uint64_t nr_bytes)
+{
+	return offset_bytes <= m->nr_bytes &&
+	       nr_bytes <= m->nr_bytes - offset_bytes;
+}
+
 static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
 			    uint64_t nr_bytes)
 {
 	uint64_t last;
 
-	if (offset_bytes > m->nr_bytes || nr_bytes > m->nr_bytes - offset_bytes)
+	if (!map_has(m, offset_bytes, nr_bytes))
 		return false;
 	last = map_page(m, offset_bytes + nr_bytes - 1);
 	for (uint64_t page = map_page(m, offset_bytes); page <= last; page++) {
@@ -259,8 +267,11 @@ bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
 {
 	uint64_t page = map_page(m, offset_bytes);
 	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
-	bool is_first = !page || !bits_have(m->read, page - 1);
+	bool is_first;
 
+	if (!map_has(m, offset_bytes, nr_bytes))
+		return false;
+	is_first = !page || !bits_have(m->read, page - 1);
 	for (; page < end; page++) {
 		is_first &= !bits_have(m->read, page);
 		atomic_fetch_or_explicit(&m->read[page / WORD_BITS],
@@ -280,6 +291,8 @@ void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 	uint64_t page = map_page(m, offset_bytes);
 	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
 
+	if (end > m->nr_pages)
+		end = m->nr_pages;
 	for (; page < end; page++)
 		atomic_fetch_and_explicit(&m->resident[page / WORD_BITS],
 					  ~(1ULL << page % WORD_BITS),
