@@ -226,6 +226,26 @@ def test_a_confined_server_ends_and_takes_its_device_along(
     assert os.listdir(state_dir) == []
 
 
+def _nr_rings(pid: int) -> int:
+    return sum(
+        os.readlink(fd) == "anon_inode:[io_uring]" for fd in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+def test_reads_of_a_batch_share_a_ring_also_under_a_confined_server(
+    add: Callable[..., dict[str, Any]],
+    backing_file: Callable[..., Path],
+    ext4_folder: Path,
+    final_rights: Rights,
+    fio: Any,
+) -> None:
+    device = add("-t loop --policy 2014 -f", backing_file(8 << 20, folder=ext4_folder))
+    final_rights(device["server_pid"])
+    before = _nr_rings(device["server_pid"])
+    fio(device["block_device"], {"reads": {"rw": "randread", "bs": "4k", "iodepth": 32}}, size="8M")
+    assert _nr_rings(device["server_pid"]) > before
+
+
 def test_fio_verifies_what_a_confined_server_wrote(
     add: Callable[..., dict[str, Any]], backing_file: Callable[..., Path], fio: Any
 ) -> None:
