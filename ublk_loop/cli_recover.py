@@ -82,8 +82,7 @@ def _recover_one(dev_id: int, as_json: bool) -> str:
     reply = ask(protocol.Recover(dev_id, as_json, client.two_lines()))
     if reply is not None:
         return reply.out
-    known = manage.recoverable(dev_id)
-    request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
+    request = server.Request.recovery(manage.recoverable(dev_id))
     describe = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
     text: str = launch.launch(request, describe)
     return text

@@ -12,9 +12,10 @@ import logging
 import signal
 import time
 
-from . import listing, state, uapi
+from . import uapi
 from .control import Control, DevInfo
 from .errors import DaemonError, DriverError
+from .manage import served_here
 from .process import ServerProcess
 from .server import LEAVE_SIGNAL
 from .state import DeviceState
@@ -36,10 +37,7 @@ def upgradable(dev_id: int) -> DeviceState:
     """
     what = f"upgrade dev {dev_id}"
     with Control() as control:
-        info = control.get_dev_info(dev_id)
-    known = listing.state_of(info, state.read(dev_id))
-    if known is None:
-        raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
+        info, known = served_here(control, what, dev_id)
     if not info.flags & uapi.UBLK_F_USER_RECOVERY:
         raise DaemonError(errno.EINVAL, what, "it was added without recovery: see ublk add -h")
     if not _loses_nothing(info):

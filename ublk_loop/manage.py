@@ -209,6 +209,18 @@ def _is_ours(info: DevInfo) -> bool:
         return True  # whoever goes on with it hears what is wrong with its state file
 
 
+def served_here(control: Control, what: str, dev_id: int) -> tuple[DevInfo, DeviceState]:
+    """Return what the driver and what we know of a device of ours.
+
+    :raises DriverError: ENODEV. :raises DaemonError: ENOENT (not a device of ours).
+    """
+    info = control.get_dev_info(dev_id)
+    known = listing.state_of(info, state.read(dev_id))
+    if known is None:
+        raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
+    return info, known
+
+
 def recoverable(dev_id: int) -> DeviceState:
     """Return the state of a device of ours that waits for a new server.
 
@@ -283,9 +295,7 @@ def resize(dev_id: int, nr_bytes: int | None = None, *, force: bool = False) -> 
     """
     what = f"resize dev {dev_id}"
     with Control() as control:
-        known = listing.state_of(control.get_dev_info(dev_id), state.read(dev_id))
-        if known is None:
-            raise DaemonError(errno.ENOENT, what, "ublk_loop serves no such device")
+        _, known = served_here(control, what, dev_id)
         spec = known.spec
         if nr_bytes is None:
             nr_bytes = min(_room(what, known), spec.limit_bytes or sys.maxsize)
@@ -301,10 +311,10 @@ def resize(dev_id: int, nr_bytes: int | None = None, *, force: bool = False) -> 
             raise DaemonError(errno.EINVAL, what, f"{spec.path} does not hold one block any more")
         control.update_size(dev_id, nr_bytes >> uapi.SECTOR_SHIFT)
     # Its next server takes that size; one that took over meanwhile has written a state of its own.
-    known = state.read(dev_id)
-    if known is not None:
-        target = {**known.target, "dev_size": nr_bytes}
-        state.write(replace(known, spec=replace(spec, nr_bytes=nr_bytes), target=target))
+    now = state.read(dev_id)
+    if now is not None:
+        target = {**now.target, "dev_size": nr_bytes}
+        state.write(replace(now, spec=replace(spec, nr_bytes=nr_bytes), target=target))
     return nr_bytes
 
 

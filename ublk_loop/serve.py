@@ -34,8 +34,7 @@ def serve_recovery(dev_id: int, *, as_json: bool = False, two_lines: bool = Fals
     from . import manage, server
 
     def serve(on_added: OnAdded, on_live: OnLive) -> None:
-        known = manage.recoverable(dev_id)
-        request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
+        request = server.Request.recovery(manage.recoverable(dev_id))
         show = partial(listing.shown, as_json=as_json, two_lines=two_lines)
         server.serve(request, show, on_added, on_live)
 
@@ -59,7 +58,6 @@ def serve_upgrade(dev_id: int) -> Serve:
                 "server_pid": now.server_pid,
             }
 
-        request = server.Request(known.options, known.spec, dev_id=dev_id, recover=True)
-        server.serve(request, describe, on_added, on_live)
+        server.serve(server.Request.recovery(known), describe, on_added, on_live)
 
     return serve

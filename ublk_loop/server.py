@@ -61,6 +61,11 @@ class Request:
     dev_id: int = -1
     recover: bool = False
 
+    @classmethod
+    def recovery(cls, known: DeviceState) -> Request:
+        """Return the request to serve again what a server before has left."""
+        return cls(known.options, known.spec, dev_id=known.dev_id, recover=True)
+
     @property
     def what(self) -> str:
         """What is attempted, for messages."""

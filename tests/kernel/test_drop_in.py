@@ -80,7 +80,6 @@ def test_words_of_the_kernels_test_server_are_taken(
     backing_file: Callable[..., Path],
     open_block: Any,
     pattern: Callable[..., bytes],
-    wait_until: Callable[..., None],
     features: int,
 ) -> None:
     data = pattern(4096)

@@ -83,7 +83,7 @@ int ul_folios_create(struct ul_map *map, int sync_fd, uint64_t offset_bytes,
 	struct ul_folios *f;
 
 	*folios = NULL;
-	if (!map || sync_fd < 0 || !fd_walks_buffers(sync_fd))
+	if (sync_fd < 0 || !fd_walks_buffers(sync_fd))
 		return 0;
 	f = calloc(1, sizeof(*f) + nr_regions * sizeof(f->nr_writes[0]));
 	if (!f)
