@@ -36,6 +36,12 @@ _USEFUL = {
     uapi.UBLK_F_SAFE_STOP_DEV: "who opens a device just as it is deleted may see it stop",
 }
 
+# Nothing tells a driver that has been mended (docs/reliability.md).
+_BATCH_FAULT = (
+    "BATCH_IO: when a server is killed, drivers up to Linux 7.3 may write numbers of requests to"
+    " its buffers' address in another process; servers keep those where nothing else is mapped"
+)
+
 
 def check_driver(host: Host) -> Iterator[Finding]:
     """The driver is there, and its control device can be opened."""
@@ -73,6 +79,8 @@ def check_features(host: Host, ask: Callable[[], int]) -> Iterator[Finding]:
     lacking = [f"{FEATURES[bit]}: {loss}" for bit, loss in _USEFUL.items() if not features & bit]
     if lacking:
         yield Finding(NOTE, "driver", f"it lacks {'; '.join(lacking)}", "a newer kernel has it")
+    if features & uapi.UBLK_F_BATCH_IO:
+        yield Finding(NOTE, "driver", _BATCH_FAULT, "none needed; ublk add --no_batch does without")
 
 
 def check_io_uring(host: Host) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,19 @@ from ublk_loop.target import LoopTarget
 
 KIB = 1 << 10
 MIB = 1 << 20
+# Where csrc/batch.c draws the addresses of provided buffers.
+BUFS_FROM, BUFS_TO = 1 << 44, 1 << 46
+
+
+def test_servers_with_batch_io_provide_buffers_at_different_addresses(daemon, features) -> None:
+    """What the driver writes for a killed server, another process had at the same address."""
+    found = []
+    for _ in range(2):
+        added = daemon.add("-t null -q 1")
+        maps = Path(f"/proc/{added['server_pid']}/maps").read_text()
+        starts = [int(start, 16) for start in re.findall(r"^([0-9a-f]+)-", maps, re.MULTILINE)]
+        found += [start for start in starts if BUFS_FROM <= start < BUFS_TO]
+    assert len(set(found)) == len(found) == (2 if features & uapi.UBLK_F_BATCH_IO else 0)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,25 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 
 /* The driver fills one buffer a cqe, 128 tags at the most. */
 #define FETCH_TAGS	128
 #define FETCH_BUFS_MAX	256
+
+/*
+ * Where the provided buffers may lie: where no mapping of an x86-64 process is
+ * unless it asks for the address (executable and heap begin at 0x55..., the
+ * rest comes down from 0x7f...).
+ */
+#define BUFS_FROM	(UINT64_C(1) << 44)
+#define BUFS_TO		(UINT64_C(1) << 46)
+#define BUFS_ALIGN	(UINT64_C(1) << 16)	/* the largest page size */
+#define BUFS_TRIES	16
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 
 /* Of one element of PREP_IO_CMDS and COMMIT_IO_CMDS. */
 struct batch_elem {
@@ -62,14 +77,43 @@ static void batch_provide(struct ul_batch *b, unsigned int index)
 	io_uring_buf_ring_advance(b->fetch_ring, 1);
 }
 
+/*
+ * Memory at an address of its own: servers are forked from one process and
+ * else have all their mappings at the same addresses.
+ *
+ * The driver (7.0 to 7.3) runs what is left of a killed server's fetch in a
+ * kernel worker, and copies tags to the buffer's address there, in whichever
+ * address space that CPU last had (docs/reliability.md).  Where nothing is at
+ * that address the copy fails, and the requests are issued again.
+ */
+static void *batch_map_apart(size_t nr_bytes)
+{
+	const int prot = PROT_READ | PROT_WRITE;
+	const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+	uint64_t where;
+	void *memory;
+
+	for (int i = 0; i < BUFS_TRIES; i++) {
+		if (getrandom(&where, sizeof(where), 0) != sizeof(where))
+			return MAP_FAILED;
+		where = BUFS_FROM + where % (BUFS_TO - BUFS_FROM);
+		where -= where % BUFS_ALIGN;
+		memory = mmap((void *)(uintptr_t)where, nr_bytes, prot,
+			      flags | MAP_FIXED_NOREPLACE, -1, 0);
+		if (memory != MAP_FAILED)
+			return memory;
+	}
+	/* A CPU whose address space ends before that. */
+	return mmap(NULL, nr_bytes, prot, flags, -1, 0);
+}
+
 static int batch_make_bufs(struct ul_batch *b)
 {
 	struct io_uring_buf_reg reg = {
 		.ring_entries = b->nr_fetch_bufs,
 		.bgid = b->index,
 	};
-	void *memory = mmap(NULL, batch_fetch_bytes(b), PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *memory = batch_map_apart(batch_fetch_bytes(b));
 	int ret;
 
 	if (memory == MAP_FAILED)
