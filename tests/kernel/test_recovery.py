@@ -1,6 +1,9 @@
 """Servers that die, and what their devices' users see of it: nothing but a pause.
 
 The daemon replaces a dead server. A test kills servers, and looks at the bytes.
+
+UBLK_LOOP_SOAK_DAEMON_KILLS is how many are killed at any moment, instead of the few that CI does,
+and UBLK_LOOP_SOAK_OPTIONS adds words to their device's `ublk add`, such as --no_batch.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ WaitUntil = Callable[..., None]
 FILE_BYTES = 64 << 20
 NR_KILLS = 5
 NR_ANY_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_DAEMON_KILLS", "5"))
+ANY_KILLS_OPTIONS = os.environ.get("UBLK_LOOP_SOAK_OPTIONS", "")
 SEED = int(os.environ.get("UBLK_LOOP_SOAK_SEED", "1"))
 
 
@@ -68,13 +72,16 @@ def test_kills_of_server_and_daemon_at_any_moment_lose_nothing_and_show_no_error
 ) -> None:
     rng = random.Random(SEED)
     # The deadline runs from the first of kills that come close together.
-    added = daemon.add("-t loop --recovery_deadline 86400 -f", backing_file(DEV_BYTES))
+    line = f"-t loop --recovery_deadline 86400 {ANY_KILLS_OPTIONS} -f"
+    added = daemon.add(line, backing_file(DEV_BYTES))
     dev_id = added["dev_id"]
     load = verifying_load(added["block_device"])
-    for _ in range(NR_ANY_KILLS):
+    for number in range(NR_ANY_KILLS):
         before = nr_written(dev_id)
         wait_until(lambda before=before: nr_written(dev_id) > before, timeout_s=60)  # type: ignore[misc]
-        time.sleep(rng.random() * 2)  # any moment: there is nothing to wait for
+        print(f"{number} of {NR_ANY_KILLS} killed, {before} writes done", flush=True)
+        # Any moment: there is nothing to wait for. Who lived for 2 s is replaced at once.
+        time.sleep(rng.random() * 3)
         pid = daemon.server_pid(dev_id)
         if daemon_dies := rng.random() < 0.2:
             daemon.kill()
