@@ -58,6 +58,7 @@ def serve_upgrade(dev_id: int) -> Serve:
                 "server_pid": now.server_pid,
             }
 
-        server.serve(server.Request.recovery(known), describe, on_added, on_live)
+        request = server.Request.recovery(known, from_dead=False)
+        server.serve(request, describe, on_added, on_live)
 
     return serve

@@ -54,17 +54,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What to serve. ``dev_id`` -1: the first free one; with ``recover`` the device exists."""
+    """What to serve. ``dev_id`` -1: the first free one; with ``recover`` the device exists.
+
+    ``nr_recoveries``: how many servers took the device over from a dead one, this one included.
+    """
 
     options: DeviceOptions
     spec: TargetSpec
     dev_id: int = -1
     recover: bool = False
+    nr_recoveries: int = 0
 
     @classmethod
-    def recovery(cls, known: DeviceState) -> Request:
+    def recovery(cls, known: DeviceState, *, from_dead: bool = True) -> Request:
         """Return the request to serve again what a server before has left."""
-        return cls(known.options, known.spec, dev_id=known.dev_id, recover=True)
+        nr_recoveries = known.nr_recoveries + from_dead
+        return cls(known.options, known.spec, known.dev_id, True, nr_recoveries)
 
     @property
     def what(self) -> str:
@@ -254,6 +259,7 @@ def _state_of(device: Device, request: Request) -> DeviceState:
         ),
         spec=spec,
         target=target.describe(),
+        nr_recoveries=request.nr_recoveries,
         queues=tuple(
             QueueState(hctx.q_id, hctx.thread.tid, tuple(sorted(hctx.thread.affinity)))
             for hctx in device.hctxs

@@ -104,7 +104,10 @@ class QueueState:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """One device; ``sysfs_ino`` tells it from a later device with the same dev_id (0: unknown)."""
+    """One device; ``sysfs_ino`` tells it from a later device with the same dev_id (0: unknown).
+
+    ``nr_recoveries``: how many servers took it over from a dead one.
+    """
 
     dev_id: int
     sysfs_ino: int
@@ -114,6 +117,7 @@ class DeviceState:
     spec: TargetSpec
     target: Json
     queues: tuple[QueueState, ...]
+    nr_recoveries: int = 0
 
 
 def state_path(dev_id: int) -> str:
@@ -205,7 +209,8 @@ def parse(data: bytes) -> DeviceState:
     :raises ValueError: what is wrong with it, one sentence, for a person.
     """
     document = parse_json(data, MAX_NR_BYTES)
-    fields = Fields("the file", document, "version", *DeviceState.__dataclass_fields__)
+    names = ("version", *DeviceState.__dataclass_fields__)
+    fields = Fields("the file", document, *names, defaults={"nr_recoveries": 0})
     if fields.integer("version", 0, 1 << 31) != VERSION:
         raise ValueError(f"its version is not {VERSION}")
     return DeviceState(
@@ -217,6 +222,7 @@ def parse(data: bytes) -> DeviceState:
         spec=parse_spec(fields.value("spec")),
         target=fields.mapping("target"),
         queues=_parse_queues(fields.value("queues")),
+        nr_recoveries=fields.integer("nr_recoveries", 0, 1 << 63),
     )
 
 

@@ -118,6 +118,7 @@ class Supervised:
         if known is None:
             self._end()
             return
+        self.nr_recoveries = known.nr_recoveries
         process = ServerProcess.find(known.server_pid, known.server_start_ticks)
         if process is not None:
             self.watch(process)

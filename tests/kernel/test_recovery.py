@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def test_device_is_deleted_and_its_requests_fail_when_no_server_comes_in_time(
     assert state.read(added["dev_id"]) is None
 
 
-def test_server_is_replaced_when_it_died_while_no_daemon_ran(
+def test_server_is_replaced_when_it_died_while_no_daemon_ran_and_the_next_daemon_knows(
     daemon: Daemon,
     backing_file: Callable[..., Path],
     pattern: Callable[..., bytes],
@@ -127,6 +128,11 @@ def test_server_is_replaced_when_it_died_while_no_daemon_ran(
     with open_block(added["block_device"]) as block:
         assert block.read(0, 8192) == data
     wait_until(lambda: daemon.server_pid(added["dev_id"]), timeout_s=60)
+    device = daemon.device(added["dev_id"])
+    assert device is not None
+    assert device["nr_recoveries"] == 1
+    assert daemon.ask("reload", executable=sys.executable)["document"] == {"reloads": True}
+    assert daemon.device(added["dev_id"]) == device
 
 
 def test_device_added_with_r_waits_for_recover_by_hand(

@@ -28,6 +28,7 @@ STATE = DeviceState(
     ),
     target={"name": "loop", "backing_file": "/srv/disk one.img", "dev_size": 1 << 20},
     queues=(QueueState(0, 1235, (0, 2)), QueueState(1, 1236, (1, 3))),
+    nr_recoveries=7,
 )
 
 
@@ -180,8 +181,10 @@ def test_parse_takes_the_state_of_an_older_version_which_knew_fewer_options() ->
     document: Any = _document()
     document["options"] = {"nr_hw_queues": 3}
     document["spec"] = {"type": "loop", "path": "/a"}
+    del document["nr_recoveries"]
     parsed = state.parse(json.dumps(document).encode())
     assert parsed.options == state.DeviceOptions(nr_hw_queues=3)
+    assert parsed.nr_recoveries == 0
     assert parsed.spec == state.TargetSpec("loop", path="/a")
 
 
@@ -196,6 +199,7 @@ def test_parse_takes_the_state_of_an_older_version_which_knew_fewer_options() ->
         (("server_pid",), -1),
         (("server_pid",), "1234"),
         (("server_start_ticks",), None),
+        (("nr_recoveries",), -1),
         (("options", "queue_depth"), 4097),
         (("options", "nr_hw_queues"), 0),
         (("options", "flags"), 1 << 64),
