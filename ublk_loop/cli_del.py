@@ -15,6 +15,8 @@ from click.core import ParameterSource
 from .cli_base import check_n_or_a, exit_if_failed, number_option
 from .errors import BusyError, UblkLoopError
 
+NR_AT_ONCE = 8
+
 
 @click.command("del", short_help="Stop and delete a device.")
 @number_option(required=False)
@@ -45,10 +47,20 @@ def delete(
     from .control import list_dev_ids
 
     dev_ids = list_dev_ids() if dev_id is None else [dev_id]
-    done = [delete_one(each, no_wait=no_wait, force=force, lazy=lazy) for each in dev_ids]
+    done = _delete(dev_ids, no_wait=no_wait, force=force, lazy=lazy)
     if as_json:
         click.echo(json.dumps(done, indent=2))
     exit_if_failed(done)
+
+
+def _delete(dev_ids: list[int], *, lazy: bool, **how: bool) -> list[dict[str, Any]]:
+    # Most of a deletion the driver waits, for RCU above all. Waiters are forked: no threads then.
+    if lazy or len(dev_ids) < 2:
+        return [delete_one(each, lazy=lazy, **how) for each in dev_ids]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(NR_AT_ONCE) as threads:
+        return list(threads.map(lambda each: delete_one(each, lazy=False, **how), dev_ids))
 
 
 def _came_from_command_line(name: str) -> bool:
