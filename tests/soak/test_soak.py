@@ -11,12 +11,14 @@ Some kernel tests go on for longer when told so, which docs/reliability.md did f
 
     UBLK_LOOP_SOAK_KILLS=1000     tests/kernel/test_kills.py
     UBLK_LOOP_SOAK_DAEMON_KILLS=1000  tests/kernel/test_recovery.py -k any_moment
+        (UBLK_LOOP_SOAK_OPTIONS=--no_batch in user-mode Linux)
     UBLK_LOOP_SOAK_LIVES=500      tests/kernel/test_lives.py      (UBLK_LOOP_SOAK_STEPS each)
     UBLK_LOOP_SOAK_CHURNS=1000    tests/kernel/test_churn.py
     UBLK_LOOP_SOAK_DEVICES=300    tests/kernel/test_daemon.py -k idle
     UBLK_LOOP_SOAK_CUTS=100       tests/kernel/test_power_cut.py   (each of three; 4 GiB of memory)
 
-tests/soak/fuzz.py needs no driver; tests/soak/machine_cuts.py kills the guests that it starts.
+tests/soak/test_many.py has 300 devices in one daemon. tests/soak/fuzz.py needs no driver;
+tests/soak/machine_cuts.py kills the guests that it starts.
 """
 
 from __future__ import annotations
