@@ -83,6 +83,22 @@ def test_write_across_the_end_of_a_file_cut_inside_a_page_is_not_lost(
     assert path.read_bytes()[512 * KIB :] == pattern(4096, 1)
 
 
+def test_no_write_behind_a_cut_is_lost_after_many_that_needed_no_look_at_the_size(
+    device, backing_file, open_block, pattern, policy
+) -> None:
+    # Far more batches than csrc/iothread.c asks the file's size for (UNSURE_BATCHES).
+    path = backing_file(MIB, pattern(MIB))
+    dev = device(LoopTarget(path, direct=False), policy=policy)
+    with open_block(dev.block_path) as client:
+        for turn in range(3):
+            client.write(0, pattern(MIB))
+            for _ in range(200):
+                client.read(4 * KIB, 4 * KIB)
+            os.truncate(path, 512 * KIB + 1000 + turn)
+            client.write(512 * KIB, pattern(4 * KIB, turn + 1))
+            assert path.read_bytes()[512 * KIB :] == pattern(4 * KIB, turn + 1)
+
+
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 def test_device_at_an_odd_sector_of_the_file_serves_its_last_block(
     device, backing_file, ext4_folder, open_block, pattern, direct, policy

@@ -507,6 +507,7 @@ void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 			ul_iothread_set_fault(h->thread, ret);
 		break;
 	case CQE_WAKE:
+	case CQE_WATCH:
 		break;
 	}
 }
@@ -514,6 +515,11 @@ void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 void ul_hctx_end_reap(struct ul_hctx *h)
 {
 	ul_target_commit_rqs(h->target, h->wq, &h->plug);
+}
+
+void ul_hctx_forget_size(struct ul_hctx *h)
+{
+	h->plug.file_bytes = 0;
 }
 
 void ul_hctx_end_round(struct ul_hctx *h)

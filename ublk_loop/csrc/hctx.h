@@ -37,6 +37,8 @@ void ul_hctx_unprepare(struct ul_hctx *h);
 void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe);
 /* All cqes of a batch were handled; all results of a round were committed. */
 void ul_hctx_end_reap(struct ul_hctx *h);
+/* The file's size may be another than the last batch learned. */
+void ul_hctx_forget_size(struct ul_hctx *h);
 void ul_hctx_end_round(struct ul_hctx *h);
 void ul_hctx_commit(struct ul_hctx *h, struct ul_request *req);
 bool ul_hctx_has_inflight(const struct ul_hctx *h);

@@ -39,6 +39,7 @@
 
 #include "hctx.h"
 #include "iothread.h"
+#include "watch.h"
 
 /* A spin looks at the clock, and lets others run, once in so many pauses. */
 #define SPIN_PAUSES	32
@@ -48,6 +49,9 @@
 /* Short waits less the long ones, which count more; spinning pays above 0. */
 #define SPIN_SCORE_MAX	8
 #define SPIN_SCORE_LONG	4
+/* After word that the file was changed, what a batch learns of its size is not
+ * kept for the next one for so many batches: our own writes are changes too. */
+#define UNSURE_BATCHES	64
 /* So long without a request, and the memory of the buffers is given back. */
 #define IDLE_NS		500000000
 /* io_uring's own limit is 32768; a full ring is submitted and filled again. */
@@ -70,6 +74,10 @@ int ul_iothread_create(const struct ul_iothread_config *config,
 		free(t);
 		return -errno;
 	}
+	t->watch_fd = ul_target_has_map(target)
+			      ? ul_watch_open(ul_target_fd(target))
+			      : -EOPNOTSUPP;
+	t->nr_unsure = UNSURE_BATCHES;
 	*thread = t;
 	return 0;
 }
@@ -81,6 +89,8 @@ void ul_iothread_destroy(struct ul_iothread *t)
 	if (t->ring_made)
 		io_uring_queue_exit(&t->ring.uring);
 	close(t->wake_fd);
+	if (t->watch_fd >= 0)
+		close(t->watch_fd);
 	free(t->hctxs);
 	free(t);
 }
@@ -119,12 +129,12 @@ static int iothread_make_ring(struct ul_iothread *t)
 	return ret;
 }
 
-static void iothread_poll_wake_fd(struct ul_iothread *t)
+static void iothread_poll(struct ul_iothread *t, int fd, enum hctx_cqe kind)
 {
 	struct io_uring_sqe *sqe = ul_get_sqe(&t->ring);
 
-	io_uring_prep_poll_multishot(sqe, t->wake_fd, POLLIN);
-	sqe->user_data = UD(CQE_WAKE, 0, 0);
+	io_uring_prep_poll_multishot(sqe, fd, POLLIN);
+	sqe->user_data = UD(kind, 0, 0);
 }
 
 static void iothread_unprepare(struct ul_iothread *t)
@@ -160,7 +170,9 @@ int ul_iothread_prepare(struct ul_iothread *t)
 		ret = ul_hctx_prepare(t->hctxs[i]);
 	if (ret)
 		goto fail;
-	iothread_poll_wake_fd(t);
+	iothread_poll(t, t->wake_fd, CQE_WAKE);
+	if (t->watch_fd >= 0)
+		iothread_poll(t, t->watch_fd, CQE_WATCH);
 	ret = io_uring_submit(&t->ring.uring);
 	if (ret < 0)
 		goto fail;
@@ -208,16 +220,54 @@ static void iothread_handle_wake(struct ul_iothread *t,
 		ul_iothread_set_fault(t, -errno);
 	t->leaving = atomic_load(&t->stopping);
 	if (!(cqe->flags & IORING_CQE_F_MORE))
-		iothread_poll_wake_fd(t);
+		iothread_poll(t, t->wake_fd, CQE_WAKE);
+}
+
+static void iothread_forget_size(struct ul_iothread *t)
+{
+	for (unsigned int i = 0; i < t->nr_hctxs; i++)
+		ul_hctx_forget_size(t->hctxs[i]);
+}
+
+static void iothread_handle_watch(struct ul_iothread *t,
+				  const struct io_uring_cqe *cqe)
+{
+	t->nr_unsure = UNSURE_BATCHES;
+	iothread_forget_size(t);
+	if (cqe->flags & IORING_CQE_F_MORE)
+		return;
+	if (cqe->res < 0) {	/* nobody will tell any more */
+		close(t->watch_fd);
+		t->watch_fd = cqe->res;
+	} else {
+		iothread_poll(t, t->watch_fd, CQE_WATCH);
+	}
+}
+
+/* A batch is over.  The watch is cleared before the file is asked once more. */
+static void iothread_end_batch(struct ul_iothread *t)
+{
+	t->nr_batches++;
+	if (!t->nr_unsure)
+		return;
+	iothread_forget_size(t);
+	if (t->watch_fd >= 0 && !--t->nr_unsure)
+		ul_watch_clear(t->watch_fd);
 }
 
 static void iothread_handle_cqe(struct ul_iothread *t,
 				const struct io_uring_cqe *cqe)
 {
-	if (UD_KIND(cqe->user_data) == CQE_WAKE)
+	switch (UD_KIND(cqe->user_data)) {
+	case CQE_WAKE:
 		iothread_handle_wake(t, cqe);
-	else
+		break;
+	case CQE_WATCH:
+		iothread_handle_watch(t, cqe);
+		break;
+	default:
 		ul_hctx_handle_cqe(t->hctxs[UD_HCTX(cqe->user_data)], cqe);
+	}
 }
 
 static void iothread_reap(struct ul_iothread *t)
@@ -237,7 +287,7 @@ static void iothread_reap(struct ul_iothread *t)
 	for (unsigned int i = 0; i < t->nr_hctxs; i++)
 		ul_hctx_end_reap(t->hctxs[i]);
 	if (nr)
-		t->nr_batches++;
+		iothread_end_batch(t);
 }
 
 static void iothread_collect(struct ul_iothread *t)

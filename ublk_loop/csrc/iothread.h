@@ -23,6 +23,8 @@ struct ul_iothread {
 	unsigned int		nr_tags;	/* I: of all hctxs */
 	bool			has_buf_table;	/* I: a hctx has AUTO_BUF_REG */
 	int			wake_fd;	/* I: owned eventfd */
+	int			watch_fd;	/* R: owned, watch.h; or -errno */
+	unsigned int		nr_unsure;	/* R: see UNSURE_BATCHES */
 	struct ul_ring		ring;		/* P */
 	bool			ring_made;	/* P */
 	int32_t			tid;		/* P */

@@ -26,6 +26,7 @@ enum hctx_cqe {
 	CQE_WAKE,			/* the poll on wake_fd */
 	CQE_FETCH,			/* BATCH_IO: tags */
 	CQE_COMMIT,			/* BATCH_IO: how much was committed */
+	CQE_WATCH,			/* the poll on watch_fd */
 };
 #define UD(kind, hctx, value) \
 	((uint64_t)(kind) << 48 | (uint64_t)(hctx) << 32 | (value))

@@ -618,6 +618,11 @@ int ul_target_fd(const struct ul_target *t)
 	return t->config.kind == UL_TARGET_LOOP ? t->config.fd : -1;
 }
 
+bool ul_target_has_map(const struct ul_target *t)
+{
+	return t->map;
+}
+
 int ul_target_direct_fd(const struct ul_target *t)
 {
 	return t->config.kind == UL_TARGET_LOOP ? t->config.direct_fd : -1;
@@ -634,7 +639,8 @@ uint64_t ul_target_pos(const struct ul_target *t, const struct ul_request *req)
  * Whether the mapping may serve a request: not behind the end of a file that
  * was cut inside a page, where memory takes a write and the file does not.
  * Asked once a batch: its requests were all sent before, so a cut that comes
- * later than the question comes after them.
+ * later than the question comes after them.  The iothread keeps the answer for
+ * later batches as long as it would hear of a cut (watch.h).
  */
 static bool auto_may_map(const struct ul_target *t, struct ul_plug *plug,
 			 const struct ul_request *req)
@@ -858,7 +864,6 @@ void ul_target_commit_rqs(struct ul_target *t, struct ul_workqueue *wq,
 {
 	bool start;
 
-	plug->file_bytes = 0;
 	if (plug->run.first)
 		auto_execute_run(t, &plug->run);
 	plug_queue_reads(t, wq, plug);

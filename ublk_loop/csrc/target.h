@@ -60,7 +60,7 @@ struct ul_write_run {
 
 /* What a hctx and a target keep for the length of one batch: the writes that
  * are on their way to the ordered list, in order, reads for the workqueue, and
- * the writes that are done inline next.
+ * the writes that are done inline next; the file's size is kept for longer.
  */
 struct ul_plug {
 	struct ul_write_run	run;		/* policy auto */
@@ -68,7 +68,7 @@ struct ul_plug {
 	struct ul_request	**tail;
 	struct ul_request	*reads[UL_READS_MAX];
 	unsigned int		nr_reads;
-	uint64_t		file_bytes;	/* policy auto; 0: not asked */
+	uint64_t		file_bytes;	/* policy auto; 0: to be asked */
 };
 
 static inline bool ul_op_has_data(uint8_t op)
@@ -102,6 +102,7 @@ char *ul_target_find_shmem(struct ul_target *target, uint64_t addr,
 /* For UL_RQ_ASYNC: the file, or -1 where a target never asks for it; and the
  * position in it. */
 int ul_target_fd(const struct ul_target *target);
+bool ul_target_has_map(const struct ul_target *target);
 int ul_target_direct_fd(const struct ul_target *target);
 uint64_t ul_target_pos(const struct ul_target *target,
 		       const struct ul_request *req);
