@@ -74,6 +74,7 @@ ALLOWED = """
     close close_range
     open openat unlink unlinkat rename renameat renameat2 access faccessat faccessat2 readlink
     readlinkat getcwd getdents64 stat lstat fstat newfstatat statx statfs fstatfs umask
+    utimensat
     poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
     sendto sendmsg recvfrom recvmsg shutdown getsockopt setsockopt
     mmap munmap mprotect mremap madvise msync mincore cachestat brk membarrier

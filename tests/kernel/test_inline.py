@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
+import time
 from pathlib import Path
 
 import pytest
+from page_cache import drop_caches, is_cached
 
 from ublk_loop import uapi
 from ublk_loop.target import LoopTarget
@@ -15,11 +16,7 @@ from ublk_loop.target import LoopTarget
 KIB = 1 << 10
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
-
-
-def _drop_caches() -> None:
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+CLOCK_REALTIME_COARSE = 5
 
 
 def test_resident_pages_are_read_and_written_at_once(
@@ -64,30 +61,19 @@ def test_file_in_memory_is_flushed_and_gives_up_pages_at_once(
     assert path.read_bytes() == expected
 
 
-def _is_cached(path: Path, offset: int) -> bool:
-    # By mincore(): a read that may not wait (RWF_NOWAIT) starts to read ahead all the same.
-    answer = ctypes.c_ubyte()
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), PAGE, offset=offset) as memory:
-        page = (ctypes.c_char * PAGE).from_buffer(memory)
-        failed = ctypes.CDLL(None).mincore(page, ctypes.c_size_t(PAGE), ctypes.byref(answer))
-        del page
-    assert not failed
-    return bool(answer.value & 1)
-
-
 def test_first_read_of_a_cold_page_leaves_the_page_cache_alone(
     device, backing_file, ext4_folder, open_block, pattern
 ) -> None:
     path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
     dev = device(LoopTarget(path), policy="auto")
     with open_block(dev.block_path) as client:
-        _drop_caches()
+        drop_caches()
         offsets = range(4 * MIB, 12 * MIB, MIB)
         for offset in offsets:
             assert client.read(offset, 4 * KIB) == pattern(16 * MIB)[offset : offset + 4 * KIB]
         stats = dev.hctxs[0].stats()
         assert stats.nr_async >= len(offsets)
-        assert not any(_is_cached(path, offset) for offset in offsets)
+        assert not any(is_cached(path, offset) for offset in offsets)
 
 
 def test_page_written_behind_a_first_read_is_read_as_written(
@@ -96,12 +82,12 @@ def test_page_written_behind_a_first_read_is_read_as_written(
     path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
     dev = device(LoopTarget(path), policy="auto")
     with open_block(dev.block_path) as client:
-        _drop_caches()
+        drop_caches()
         assert client.read(8 * MIB, 4 * KIB) == pattern(16 * MIB)[8 * MIB :][: 4 * KIB]
         assert client.write(8 * MIB, pattern(512, seed=1)) == 512
         expected = pattern(512, seed=1) + pattern(16 * MIB)[8 * MIB + 512 :][: 8 * KIB - 512]
         assert client.read(8 * MIB, 8 * KIB) == expected
-        _drop_caches()
+        drop_caches()
         assert client.read(8 * MIB, 8 * KIB) == expected
 
 
@@ -113,7 +99,7 @@ def test_cold_pages_are_read_by_the_ring_and_then_at_once(
     # Not the first pages: what the kernel read for partitions stays mapped, with its folio.
     expected = pattern(16 * MIB)[8 * MIB :][: 64 * KIB]
     with open_block(dev.block_path) as client:
-        _drop_caches()
+        drop_caches()
         cold = dev.hctxs[0].stats()
         assert client.read(8 * MIB, 64 * KIB) == expected
         # The first read leaves the page cache alone, the second fills it.
@@ -138,6 +124,33 @@ def test_direct_io_is_done_by_the_ring_both_ways(
         after = dev.hctxs[0].stats()
     assert after.nr_async - before.nr_async == 2
     assert path.read_bytes()[4 * KIB : 68 * KIB] == pattern(64 * KIB, seed=1)
+
+
+def _iou_wrk_wakeups() -> int:
+    tasks = Path("/proc/self/task").glob("*")
+    texts = [(task / "status").read_text() for task in tasks]
+    found = [text for text in texts if text.startswith("Name:\tiou-wrk")]
+    return sum(int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for text in found)
+
+
+def test_direct_write_in_each_tick_of_the_clock_needs_no_thread_of_io_urings(
+    device, backing_file, ext4_folder, open_block
+) -> None:
+    """mtime is set to a new tick by who may wait, so each went to such a thread."""
+    nr_ticks = 32
+    path = backing_file(MIB, bytes(MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path, direct=True), policy="auto")
+    with open_block(dev.block_path) as client:
+        client.write(0, bytes(4 * KIB))
+        before = _iou_wrk_wakeups()
+        begin = path.stat().st_mtime_ns
+        for _ in range(nr_ticks):
+            tick = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+            while time.clock_gettime_ns(CLOCK_REALTIME_COARSE) == tick:
+                pass
+            client.write(0, bytes(4 * KIB))
+        assert _iou_wrk_wakeups() - before < nr_ticks // 2
+    assert path.stat().st_mtime_ns > begin
 
 
 def test_page_that_is_cut_off_after_it_was_used_is_eio_and_the_device_goes_on(

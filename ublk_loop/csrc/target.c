@@ -47,6 +47,7 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "folios.h"
@@ -105,6 +106,8 @@ struct ul_target {
 	struct ul_map		*map;		/* I: owned; NULL: not mapped */
 	struct ul_folios	*folios;	/* I: owned; NULL: any size will do */
 	enum target_cold	cold;		/* I: loop */
+	bool			has_mtime;	/* I: direct writes change it */
+	_Atomic uint64_t	touched_ns;	/* A: when mtime was set last */
 	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
 
@@ -119,13 +122,19 @@ static bool fd_has_nowait(int fd)
 	return preadv2(fd, &iov, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
 }
 
+static bool fd_is_regular(int fd)
+{
+	struct stat st;
+
+	return !fstat(fd, &st) && S_ISREG(st.st_mode);
+}
+
 /* A block device is not, though its node in /dev is. */
 static bool fd_is_in_memory(int fd)
 {
 	struct statfs fs;
-	struct stat st;
 
-	return !fstat(fd, &st) && S_ISREG(st.st_mode) && !fstatfs(fd, &fs) &&
+	return fd_is_regular(fd) && !fstatfs(fd, &fs) &&
 	       (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 }
 
@@ -156,6 +165,7 @@ static int target_init_loop(struct ul_target *t)
 		t->cold = COLD_INLINE;
 	else if (fd_has_nowait(fd))
 		t->cold = COLD_ASYNC;
+	t->has_mtime = fd_is_regular(fd);
 	if (t->config.policy != UL_POLICY_AUTO ||
 	    !(t->config.flags & UL_TARGET_MAP))
 		return 0;
@@ -776,6 +786,28 @@ static int32_t auto_write_by_chunks(const struct ul_target *t,
 	return req->nr_bytes;
 }
 
+/*
+ * A write has to set the file's mtime to the tick of the clock in which it is,
+ * which a file system does not do without waiting: the first ones of each tick
+ * would go to a thread of io_uring's (kiocb_modified() in v7.3).  So we set it,
+ * once a tick, as an inline pwrite would.  Where that is refused they do go there.
+ */
+static void auto_touch(struct ul_target *t)
+{
+	static const struct timespec times[] = { { .tv_nsec = UTIME_OMIT },
+						 { .tv_nsec = UTIME_NOW } };
+	struct timespec now;
+	uint64_t now_ns;
+
+	if (!t->has_mtime)
+		return;
+	clock_gettime(CLOCK_REALTIME_COARSE, &now);
+	now_ns = now.tv_sec * 1000000000ULL + now.tv_nsec;
+	if (atomic_exchange_explicit(&t->touched_ns, now_ns,
+				     memory_order_relaxed) != now_ns)
+		futimens(t->config.fd, times);
+}
+
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 				    struct ul_request *req)
 {
@@ -787,6 +819,8 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 		return UL_RQ_QUEUED;
 	if (t->folios && ul_folios_are_due(t->folios, req->offset_bytes))
 		return UL_RQ_QUEUED;
+	if (is_async)
+		auto_touch(t);
 	if (is_async && ul_hctx_is_registered(req))
 		return UL_RQ_ASYNC;
 	if (auto_write_by_map(t, plug, req)) {
