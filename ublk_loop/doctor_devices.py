@@ -41,6 +41,7 @@ def check_device(host: Host, known: Known) -> Iterator[Finding]:
         return
     yield from _check_scheduler(host, known)
     if known.state is not None:
+        yield from _check_swap(host, known.info)
         yield from _check_server(host, known.info)
 
 
@@ -73,6 +74,18 @@ def _check_scheduler(host: Host, known: Known) -> Iterator[Finding]:
         text = f"dev {dev_id} has the scheduler {found[1]}, which costs most of its speed"
         repair = lambda: _write(path, "none")  # noqa: E731
         yield Finding(WARNING, "devices", text, f"echo none >{path}", repair)
+
+
+def _check_swap(host: Host, info: DevInfo) -> Iterator[Finding]:
+    # With AUTO_BUF_REG the disk below takes the client's own pages.
+    swaps = [line.split()[0] for line in host.text("proc/swaps").splitlines()[1:] if line.strip()]
+    if f"/dev/ublkb{info.dev_id}" in swaps and not info.flags & uapi.UBLK_F_AUTO_BUF_REG:
+        text = (
+            f"dev {info.dev_id} is swap, and its server needs memory for each page that it writes:"
+            " when the machine has none left, it hangs"
+        )
+        fix = "swapoff, and add it again with --direct_io and a file on ext4, xfs or a disk"
+        yield Finding(WARNING, "devices", text, fix)
 
 
 def _check_server(host: Host, info: DevInfo) -> Iterator[Finding]:

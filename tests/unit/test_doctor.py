@@ -209,6 +209,15 @@ def test_a_wrong_scheduler_is_a_warning_and_repaired(host: Host) -> None:
     assert list(doctor_devices.check_device(host, Known(INFO, None))) == []
 
 
+def test_swap_whose_server_needs_memory_to_take_a_page_is_a_warning(host: Host) -> None:
+    _server(host)
+    _write(host, "proc/swaps", "Filename Type Size Used Priority\n/dev/ublkb3 partition 8 0 -2\n")
+    finding = _only(doctor_devices.check_device(host, Known(INFO, STATE)))
+    assert (finding.severity, "--direct_io" in finding.fix) == (WARNING, True)
+    zero_copy = dataclasses.replace(INFO, flags=uapi.UBLK_F_AUTO_BUF_REG)
+    assert list(doctor_devices.check_device(host, Known(zero_copy, STATE))) == []
+
+
 def test_a_server_without_its_protection_is_a_warning_each(host: Host) -> None:
     _server(host)
     _stat(host, 71, 0x00080000)
