@@ -102,3 +102,5 @@ class Hog:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
