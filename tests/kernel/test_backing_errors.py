@@ -360,6 +360,22 @@ def test_bad_sectors_below_fail_the_reads_that_touch_them_and_no_others(
     dev.delete()
 
 
+def test_neighbouring_reads_of_which_one_fails_fail_each_for_itself(
+    disk_with_bad_sectors, device, open_block, pattern, direct, raises_errno, policy
+) -> None:
+    # Requests of one page, which reach the server together and are read as one.
+    target = LoopTarget(disk_with_bad_sectors, direct=direct)
+    dev = device(target, policy=policy, max_io_buf_bytes=4 * KIB)
+    bad = 512 * KIB
+    with open_block(dev.block_path) as client:
+        with raises_errno(errno.EIO):
+            client.read(bad - 128 * KIB, 256 * KIB)
+        assert dev.hctxs[0].stats().nr_errors == 1
+        assert client.read(bad - 128 * KIB, 128 * KIB) == pattern(MIB)[bad - 128 * KIB : bad]
+        assert client.read(bad + 4 * KIB, 124 * KIB) == pattern(MIB)[bad + 4 * KIB :][: 124 * KIB]
+    dev.delete()
+
+
 def test_bad_sectors_below_fail_direct_writes_that_touch_them_and_no_others(
     disk_with_bad_sectors, device, open_block, pattern, raises_errno, policy
 ) -> None:

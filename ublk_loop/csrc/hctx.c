@@ -48,6 +48,9 @@ struct ul_hctx {
 	const struct ublksrv_io_desc *descs;	/* P: driver's, read-only */
 	struct ul_plug		plug;		/* R: this batch's writes */
 	unsigned int		nr_fetched;	/* R: commands that fetch */
+	struct ul_run		reads;		/* R: not yet given to the ring */
+	struct iovec		*iovs;		/* I: owned, [queue_depth], of the */
+	unsigned int		nr_iovs;	/* R: sqes not yet submitted */
 	struct ul_batch		batch;		/* R: BATCH_IO */
 	struct ul_hctx_stats	stats;		/* R, but read by all */
 };
@@ -154,7 +157,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	h->wq = wq;
 	ul_plug_init(&h->plug);
 	h->requests = calloc(config->queue_depth, sizeof(*h->requests));
-	if (!h->requests || hctx_make_arena(h))
+	h->iovs = calloc(config->queue_depth, sizeof(*h->iovs));
+	if (!h->requests || !h->iovs || hctx_make_arena(h))
 		goto free_requests;
 	hctx_init_requests(h);
 	ret = hctx_join_thread(h);
@@ -166,6 +170,7 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 unmap_arena:
 	munmap(h->arena, h->arena_bytes);
 free_requests:
+	free(h->iovs);
 	free(h->requests);
 	free(h);
 	return ret;
@@ -177,6 +182,7 @@ void ul_hctx_destroy(struct ul_hctx *h)
 		return;
 	ul_hctx_unprepare(h);
 	munmap(h->arena, h->arena_bytes);
+	free(h->iovs);
 	free(h->requests);
 	ul_batch_exit(&h->batch);
 	free(h);
@@ -231,7 +237,65 @@ static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
 		sqe->rw_flags = RWF_DSYNC;
 	sqe->flags |= IOSQE_FIXED_FILE;
 	sqe->user_data = UD(CQE_ASYNC, h->index, req->tag);
+	req->nr_joined = 1;
 	h->stats.nr_async++;
+}
+
+/* One sqe for a run of reads; its iovs must not change before it is submitted. */
+static void hctx_queue_joined(struct ul_hctx *h, const struct ul_run *run)
+{
+	struct ul_request *first = run->first;
+	struct iovec *iov = h->iovs + h->nr_iovs;
+	struct io_uring_sqe *sqe = ul_get_sqe(&h->thread->ring);
+
+	ul_run_fill(run, iov);
+	h->nr_iovs += run->nr;
+	io_uring_prep_readv(sqe,
+			    first->past_cache ? DIRECT_INDEX : BACKING_INDEX,
+			    iov, run->nr, ul_target_pos(h->target, first));
+	sqe->flags |= IOSQE_FIXED_FILE;
+	sqe->user_data = UD(CQE_ASYNC, h->index, first->tag);
+	first->nr_joined = run->nr;
+	h->stats.nr_async += run->nr;
+}
+
+static void hctx_queue_reads(struct ul_hctx *h)
+{
+	struct ul_run run = h->reads;
+	struct ul_request *req = run.first, *next;
+
+	if (!req)
+		return;
+	h->reads.first = NULL;
+	if (!io_uring_sq_ready(&h->thread->ring.uring))
+		h->nr_iovs = 0;
+	if (run.nr > 1 && h->nr_iovs + run.nr <= h->config.queue_depth) {
+		hctx_queue_joined(h, &run);
+		return;
+	}
+	for (; run.nr; run.nr--, req = next) {
+		next = req->next;
+		hctx_queue_async(h, req);
+	}
+}
+
+/* A read waits for the end of the batch, or for one that does not follow it in
+ * the file: they are one sqe then. */
+static void hctx_plug_async(struct ul_hctx *h, struct ul_request *req)
+{
+	struct ul_run *run = &h->reads;
+
+	if (req->op != UBLK_IO_OP_READ || ul_hctx_is_registered(req)) {
+		hctx_queue_async(h, req);
+		return;
+	}
+	if (run->first && ul_run_takes(run, req)) {
+		run->last->next = req;
+		ul_run_extend(run, req);
+		return;
+	}
+	hctx_queue_reads(h);
+	ul_run_begin(run, req);
 }
 
 /* ---- prepare ---- */
@@ -432,7 +496,7 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 		h->stats.nr_inline++;
 		break;
 	case UL_RQ_ASYNC:
-		hctx_queue_async(h, req);
+		hctx_plug_async(h, req);
 		break;
 	case UL_RQ_QUEUED:
 		break;
@@ -486,6 +550,25 @@ static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
 	ul_hctx_commit(h, req);
 }
 
+/* What several reads did as one is each one's only if it is all. */
+static void hctx_handle_joined(struct ul_hctx *h, struct ul_request *req,
+			       int res)
+{
+	unsigned int nr = req->nr_joined;
+	struct ul_request *next = req;
+	int64_t nr_bytes = 0;
+
+	for (unsigned int i = 0; i < nr; i++, next = next->next)
+		nr_bytes += next->nr_bytes;
+	for (; nr; nr--, req = next) {
+		next = req->next;
+		if (res == nr_bytes)
+			hctx_handle_async(h, req, req->nr_bytes);
+		else
+			hctx_queue_async(h, req);
+	}
+}
+
 void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 {
 	uint32_t value = UD_VALUE(cqe->user_data);
@@ -496,7 +579,10 @@ void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		hctx_handle_cmd(h, &h->requests[value], cqe->res);
 		break;
 	case CQE_ASYNC:
-		hctx_handle_async(h, &h->requests[value], cqe->res);
+		if (h->requests[value].nr_joined > 1)
+			hctx_handle_joined(h, &h->requests[value], cqe->res);
+		else
+			hctx_handle_async(h, &h->requests[value], cqe->res);
 		break;
 	case CQE_FETCH:
 		hctx_handle_fetch(h, cqe);
@@ -514,6 +600,7 @@ void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 
 void ul_hctx_end_reap(struct ul_hctx *h)
 {
+	hctx_queue_reads(h);
 	ul_target_commit_rqs(h->target, h->wq, &h->plug);
 }
 

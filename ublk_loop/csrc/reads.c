@@ -55,29 +55,61 @@ static struct io_uring *thread_ring(void)
 	return ring;
 }
 
-static void queue_read(struct io_uring *ring, int fd, struct ul_request *req)
+/* Lives as long as ul_reads_run(). */
+struct read_run {
+	struct ul_run	run;
+	struct iovec	iov[UL_READS_MAX];
+};
+
+/* The first of the list, and those that follow it in the file.  Returns what is
+ * left of the list. */
+static struct ul_request *queue_run(struct io_uring *ring, int fd,
+				    struct ul_request *first,
+				    struct read_run *r)
 {
 	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+	struct ul_request *next;
 
-	io_uring_prep_read(sqe, fd, req->buffer, req->nr_bytes,
-			   ul_target_pos(req->target, req));
-	io_uring_sqe_set_data(sqe, req);
+	ul_run_begin(&r->run, first);
+	for (next = first->next; next && ul_run_takes(&r->run, next);
+	     next = next->next)
+		ul_run_extend(&r->run, next);
+	ul_run_fill(&r->run, r->iov);
+	io_uring_prep_readv(sqe, fd, r->iov, r->run.nr,
+			    ul_target_pos(first->target, first));
+	io_uring_sqe_set_data(sqe, &r->run);
+	return next;
 }
 
-/* End all that have come, and hand them back; returns how many. */
+/* What several reads did as one is each one's only if it is all: else each is
+ * undone. */
+static int32_t read_result(const struct ul_run *run,
+			   const struct ul_request *req, int32_t res)
+{
+	if (run->nr == 1)
+		return res;
+	return res == (int32_t)run->nr_bytes ? (int32_t)req->nr_bytes : -EAGAIN;
+}
+
+/* End all that have come, and hand them back; returns how many runs. */
 static unsigned int reap_reads(struct io_uring *ring, ul_read_end end)
 {
-	struct ul_request *first = NULL, *last = NULL, *req;
+	struct ul_request *first = NULL, *last = NULL, *req, *next;
 	struct io_uring_cqe *cqe;
+	struct ul_run *run;
 	unsigned int head, nr = 0;
 
 	io_uring_for_each_cqe(ring, head, cqe) {
-		req = io_uring_cqe_get_data(cqe);
-		end(req, cqe->res);
-		req->next = first;
-		first = req;
-		if (!last)
-			last = req;
+		run = io_uring_cqe_get_data(cqe);
+		req = run->first;
+		for (unsigned int i = 0; i < run->nr; i++, req = next) {
+			next = req->next;
+			end(req, read_result(run, req, cqe->res));
+			req->next = first;
+			first = req;
+			if (!last)
+				last = req;
+		}
 		nr++;
 	}
 	io_uring_cq_advance(ring, nr);
@@ -89,12 +121,14 @@ static unsigned int reap_reads(struct io_uring *ring, ul_read_end end)
 int ul_reads_run(int fd, struct ul_request *first, ul_read_end end)
 {
 	struct io_uring *ring = thread_ring();
+	struct read_run runs[UL_READS_MAX];
+	struct ul_request *req = first;
 	unsigned int nr_left = 0;
 
 	if (!ring)
 		return -ENOMEM;
-	for (struct ul_request *req = first; req; req = req->next, nr_left++)
-		queue_read(ring, fd, req);
+	while (req)
+		req = queue_run(ring, fd, req, &runs[nr_left++]);
 	while (nr_left) {
 		/* What interrupts (-EINTR) or is short (-EAGAIN) passes. */
 		io_uring_submit_and_wait(ring, (nr_left + 3) / 4);

@@ -61,11 +61,6 @@
 
 #define ZEROES_BYTES	(64 * 1024)
 
-/* Neighbouring writes are one, up to so many and so much: what a call costs
- * the file system does not weigh on more. */
-#define RUN_MAX		64
-#define RUN_BYTES_MAX	(256 * 1024)
-
 /* For file systems without FALLOC_FL_ZERO_RANGE; aligned for O_DIRECT. */
 static char zeroes[ZEROES_BYTES] __attribute__((aligned(4096)));
 
@@ -326,52 +321,20 @@ static int32_t loop_write(const struct ul_target *t, struct ul_request *req)
 
 /* ---- neighbouring writes ---- */
 
-static void run_begin(struct ul_write_run *run, struct ul_request *req)
-{
-	run->first = req;
-	run->last = req;
-	run->nr = 1;
-	run->nr_bytes = req->nr_bytes;
-}
-
-/* Whether @req goes on where the run ends, and can be part of it. */
-static bool run_takes(const struct ul_write_run *run,
-		      const struct ul_request *req)
-{
-	const struct ul_request *last = run->last;
-
-	return run->nr < RUN_MAX && req->op == UBLK_IO_OP_WRITE &&
-	       !((last->op_flags | req->op_flags) & UBLK_IO_F_FUA) &&
-	       req->offset_bytes == last->offset_bytes + last->nr_bytes &&
-	       run->nr_bytes + req->nr_bytes <= RUN_BYTES_MAX &&
-	       req->hctx == last->hctx;
-}
-
-/* @req is linked behind the last one. */
-static void run_extend(struct ul_write_run *run, struct ul_request *req)
-{
-	run->last = req;
-	run->nr++;
-	run->nr_bytes += req->nr_bytes;
-}
-
 static bool run_write_as_one(const struct ul_target *t,
-			     const struct ul_write_run *run)
+			     const struct ul_run *run)
 {
-	struct iovec iov[RUN_MAX];
-	unsigned int nr = 0;
+	struct iovec iov[UL_RUN_MAX];
 
-	for (struct ul_request *req = run->first; req; req = req->next) {
-		iov[nr].iov_base = req->buffer;
-		iov[nr++].iov_len = req->nr_bytes;
-	}
-	return pwritev2(t->config.fd, iov, nr, ul_target_pos(t, run->first),
+	ul_run_fill(run, iov);
+	return pwritev2(t->config.fd, iov, run->nr,
+			ul_target_pos(t, run->first),
 			0) == (ssize_t)run->nr_bytes;
 }
 
 /* Write it, and hand it back.  If not all went, each is written by itself: it
  * has to have its own result. */
-static void run_execute(const struct ul_target *t, struct ul_write_run *run)
+static void run_execute(const struct ul_target *t, struct ul_run *run)
 {
 	bool is_done = run->nr > 1 && run_write_as_one(t, run);
 
@@ -485,15 +448,36 @@ static void read_end(struct ul_request *req, int32_t res)
 	ul_hctx_end(req, res);
 }
 
+/* The first of the list, and those that follow it in the file, by one call; what
+ * was not read whole is read by itself.  Returns the last of them. */
+static struct ul_request *reads_run_one(struct ul_request *first)
+{
+	const struct ul_target *t = first->target;
+	struct iovec iov[UL_RUN_MAX];
+	struct ul_request *req = first;
+	struct ul_run run;
+	bool is_done;
+
+	ul_run_begin(&run, first);
+	while (run.last->next && ul_run_takes(&run, run.last->next))
+		ul_run_extend(&run, run.last->next);
+	ul_run_fill(&run, iov);
+	is_done = run.nr > 1 &&
+		  preadv(t->config.fd, iov, run.nr, ul_target_pos(t, first)) ==
+			  (ssize_t)run.nr_bytes;
+	for (unsigned int i = 0; i < run.nr; i++, req = req->next)
+		read_end(req,
+			 is_done ? (int32_t)req->nr_bytes : loop_read(t, req));
+	return run.last;
+}
+
 /* One after another, as none waits; handed back as one. */
 static void reads_run_in_order(struct ul_request *first)
 {
-	struct ul_request *last = first;
+	struct ul_request *req = first, *last = first;
 
-	for (struct ul_request *req = first; req; req = req->next) {
-		read_end(req, loop_read(req->target, req));
-		last = req;
-	}
+	for (; req; req = last->next)
+		last = reads_run_one(req);
 	ul_hctx_complete_list(first, last);
 }
 
@@ -532,15 +516,16 @@ static struct ul_request *target_next_ordered(struct ul_target *t)
  * copy failed, which is then the way to tell why. */
 static bool ordered_run(struct ul_target *t, struct ul_request *req)
 {
-	struct ul_write_run run;
+	struct ul_run run;
 	struct ul_request *next;
 
 	if (t->config.kind != UL_TARGET_LOOP ||
 	    t->config.policy == UL_POLICY_BASE || req->op != UBLK_IO_OP_WRITE)
 		return false;
-	run_begin(&run, req);
-	for (next = req->next; next && run_takes(&run, next); next = next->next)
-		run_extend(&run, next);
+	ul_run_begin(&run, req);
+	for (next = req->next; next && ul_run_takes(&run, next);
+	     next = next->next)
+		ul_run_extend(&run, next);
 	if (run.nr == 1)
 		return false;
 	for (; req != next; req = req->next) {
@@ -739,8 +724,7 @@ static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 		ul_map_find(t->map, req->offset_bytes, req->nr_bytes));
 }
 
-static void auto_execute_run(const struct ul_target *t,
-			     struct ul_write_run *run)
+static void auto_execute_run(const struct ul_target *t, struct ul_run *run)
 {
 	if (t->folios)
 		ul_folios_note_write(t->folios, run->first->offset_bytes,
@@ -751,17 +735,17 @@ static void auto_execute_run(const struct ul_target *t,
 static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
 			    struct ul_request *req)
 {
-	struct ul_write_run *run = &plug->run;
+	struct ul_run *run = &plug->run;
 
 	req->next = NULL;
-	if (run->first && run_takes(run, req)) {
+	if (run->first && ul_run_takes(run, req)) {
 		run->last->next = req;
-		run_extend(run, req);
+		ul_run_extend(run, req);
 		return;
 	}
 	if (run->first)
 		auto_execute_run(t, run);
-	run_begin(run, req);
+	ul_run_begin(run, req);
 }
 
 /* From the request's pages to the file's, by way of one small buffer: it stays in

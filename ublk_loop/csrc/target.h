@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 #include "ublk_abi.h"
 #include "workqueue.h"
@@ -31,6 +32,7 @@ struct ul_request {
 	uint32_t		op_flags;	/* R: UBLK_IO_F_* */
 	int32_t			res;		/* W: bytes or -errno */
 	uint16_t		tag;		/* I */
+	uint16_t		nr_joined;	/* R: the ring's reads, by next */
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
 	bool			is_shared;	/* R: buffer is the client's */
 	bool			past_cache;	/* R: read by direct_fd */
@@ -50,8 +52,12 @@ enum ul_rq_status {
 /* How many reads one work item may do at the most. */
 #define UL_READS_MAX	16
 
-/* Writes that follow each other in the file, and are done as one. */
-struct ul_write_run {
+/* Reads, or writes, that follow each other in the file, and are done as one: up
+ * to so many and so much, as what a call costs does not weigh on more. */
+#define UL_RUN_MAX		64
+#define UL_RUN_BYTES_MAX	(256 * 1024)
+
+struct ul_run {
 	struct ul_request	*first;		/* linked by next; NULL: none */
 	struct ul_request	*last;
 	unsigned int		nr;
@@ -63,13 +69,52 @@ struct ul_write_run {
  * the writes that are done inline next; the file's size is kept for longer.
  */
 struct ul_plug {
-	struct ul_write_run	run;		/* policy auto */
+	struct ul_run		run;		/* policy auto: writes */
 	struct ul_request	*head;
 	struct ul_request	**tail;
 	struct ul_request	*reads[UL_READS_MAX];
 	unsigned int		nr_reads;
 	uint64_t		file_bytes;	/* policy auto; 0: to be asked */
 };
+
+static inline void ul_run_begin(struct ul_run *run, struct ul_request *req)
+{
+	run->first = req;
+	run->last = req;
+	run->nr = 1;
+	run->nr_bytes = req->nr_bytes;
+}
+
+/* Whether @req goes on where the run ends, and can be part of it. */
+static inline bool ul_run_takes(const struct ul_run *run,
+				const struct ul_request *req)
+{
+	const struct ul_request *last = run->last;
+
+	return run->nr < UL_RUN_MAX && req->op == last->op &&
+	       !((last->op_flags | req->op_flags) & UBLK_IO_F_FUA) &&
+	       req->offset_bytes == last->offset_bytes + last->nr_bytes &&
+	       run->nr_bytes + req->nr_bytes <= UL_RUN_BYTES_MAX &&
+	       req->past_cache == last->past_cache && req->hctx == last->hctx;
+}
+
+/* @req is, or will be, linked behind the last one. */
+static inline void ul_run_extend(struct ul_run *run, struct ul_request *req)
+{
+	run->last = req;
+	run->nr++;
+	run->nr_bytes += req->nr_bytes;
+}
+
+static inline void ul_run_fill(const struct ul_run *run, struct iovec *iov)
+{
+	struct ul_request *req = run->first;
+
+	for (unsigned int i = 0; i < run->nr; i++, req = req->next) {
+		iov[i].iov_base = req->buffer;
+		iov[i].iov_len = req->nr_bytes;
+	}
+}
 
 static inline bool ul_op_has_data(uint8_t op)
 {
