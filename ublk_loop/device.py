@@ -48,6 +48,7 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_UNPRIVILEGED_DEV
     | uapi.UBLK_F_CMD_IOCTL_ENCODE
     | uapi.UBLK_F_USER_COPY
+    | uapi.UBLK_F_SUPPORT_ZERO_COPY
     | uapi.UBLK_F_AUTO_BUF_REG
     | uapi.UBLK_F_BATCH_IO
     | uapi.UBLK_F_SHMEM_ZC
@@ -469,7 +470,11 @@ def _data_flags(data: str, best: str, flags: int, features: int) -> int:
     # in ``flags`` there is nothing to choose.
     denied = uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA | DATA_FLAGS["zerocopy"]
     wanted = DATA_FLAGS[best]
-    return 0 if flags & denied or wanted & ~features else wanted
+    if flags & denied or wanted & ~features:
+        return 0
+    # Large writes need no copy of ours where their pages can be registered one by one.
+    by_pages = uapi.UBLK_F_SUPPORT_ZERO_COPY if best == "usercopy" else 0
+    return wanted | features & by_pages
 
 
 def _shmem_flags(files: Sequence[SharedFile], data: str, target: Target) -> int:

@@ -126,6 +126,24 @@ def test_direct_io_is_done_by_the_ring_both_ways(
     assert path.read_bytes()[4 * KIB : 68 * KIB] == pattern(64 * KIB, seed=1)
 
 
+def test_large_write_to_resident_pages_goes_from_the_clients_pages_to_the_files(
+    device, backing_file, ext4_folder, open_block, pattern, features
+) -> None:
+    path = backing_file(MIB, pattern(MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        before = dev.hctxs[0].stats()
+        assert client.write(4 * KIB, pattern(256 * KIB, seed=1)) == 256 * KIB
+        after = dev.hctxs[0].stats()
+        assert client.read(4 * KIB, 256 * KIB) == pattern(256 * KIB, seed=1)
+    by_ring = bool(features & uapi.UBLK_F_SUPPORT_ZERO_COPY)
+    assert after.nr_async - before.nr_async == by_ring
+    assert after.nr_inline - before.nr_inline == (not by_ring)
+    expected = bytearray(pattern(MIB))
+    expected[4 * KIB : 260 * KIB] = pattern(256 * KIB, seed=1)
+    assert path.read_bytes() == expected
+
+
 def _iou_wrk_wakeups() -> int:
     tasks = Path("/proc/self/task").glob("*")
     texts = [(task / "status").read_text() for task in tasks]

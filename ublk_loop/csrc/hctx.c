@@ -70,6 +70,12 @@ static bool hctx_is_zero_copy(const struct ul_hctx *h)
 	return h->config.dev_flags & UBLK_F_AUTO_BUF_REG;
 }
 
+/* A tag's pages are put into the ring's buffer table where it asks for that. */
+static bool hctx_can_register(const struct ul_hctx *h)
+{
+	return h->config.dev_flags & UBLK_F_SUPPORT_ZERO_COPY;
+}
+
 static uint16_t hctx_batch_flags(const struct ul_hctx *h)
 {
 	if (hctx_is_zero_copy(h))
@@ -133,7 +139,7 @@ static int hctx_join_thread(struct ul_hctx *h)
 		return ret;
 	}
 	t->nr_tags += h->config.queue_depth;
-	t->has_buf_table |= hctx_is_zero_copy(h);
+	t->has_buf_table |= hctx_is_zero_copy(h) || hctx_can_register(h);
 	return 0;
 }
 
@@ -216,14 +222,32 @@ static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 						   UBLK_AUTO_BUF_REG_FALLBACK);
 }
 
-static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
+/* Into the ring's buffer table, at once, or out of it; only a failure is told. */
+static void hctx_queue_buffer(struct ul_hctx *h, struct ul_request *req,
+			      uint32_t opcode)
 {
 	struct io_uring_sqe *sqe = ul_get_sqe(&h->thread->ring);
+	struct ublksrv_io_cmd *cmd;
+
+	cmd = ublk_sqe_prep(sqe, CDEV_INDEX, opcode, sizeof(*cmd));
+	sqe->flags = IOSQE_FIXED_FILE | IOSQE_CQE_SKIP_SUCCESS;
+	sqe->user_data = UD(CQE_BUFFER, h->index, req->tag);
+	cmd->q_id = h->config.q_id;
+	cmd->tag = req->tag;
+	cmd->addr = h->buf_base + req->tag;
+}
+
+static void hctx_queue_async(struct ul_hctx *h, struct ul_request *req)
+{
+	struct io_uring_sqe *sqe;
 	bool is_read = req->op == UBLK_IO_OP_READ;
 	bool is_fixed = ul_hctx_is_registered(req);
 	int file = req->past_cache ? DIRECT_INDEX : BACKING_INDEX;
 	int op;
 
+	if (req->registers)
+		hctx_queue_buffer(h, req, UBLK_U_IO_REGISTER_IO_BUF);
+	sqe = ul_get_sqe(&h->thread->ring);
 	if (is_fixed)
 		op = is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
 	else
@@ -355,8 +379,13 @@ void ul_hctx_unprepare(struct ul_hctx *h)
 
 bool ul_hctx_is_registered(const struct ul_request *req)
 {
-	return hctx_is_zero_copy(req->hctx) &&
-	       !(req->op_flags & UBLK_IO_F_NEED_REG_BUF);
+	return req->registers || (hctx_is_zero_copy(req->hctx) &&
+				  !(req->op_flags & UBLK_IO_F_NEED_REG_BUF));
+}
+
+bool ul_hctx_can_register(const struct ul_request *req)
+{
+	return hctx_can_register(req->hctx) && !req->is_shared;
 }
 
 bool ul_hctx_is_user_copy(const struct ul_request *req)
@@ -539,6 +568,8 @@ static void hctx_handle_fetch(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
 			      int res)
 {
+	if (req->registers)
+		hctx_queue_buffer(h, req, UBLK_U_IO_UNREGISTER_IO_BUF);
 	if (ul_request_is_undone(req, res)) {
 		ul_target_queue_work(h->target, h->wq, &h->plug, req);
 		return;
@@ -592,6 +623,7 @@ void ul_hctx_handle_cqe(struct ul_hctx *h, const struct io_uring_cqe *cqe)
 		if (ret)
 			ul_iothread_set_fault(h->thread, ret);
 		break;
+	case CQE_BUFFER:	/* the write says what came of that */
 	case CQE_WAKE:
 	case CQE_WATCH:
 		break;

@@ -18,6 +18,8 @@ void ul_hctx_complete_list(struct ul_request *first, struct ul_request *last);
 bool ul_hctx_is_user_copy(const struct ul_request *req);
 /* Whether its pages are in the ring's buffer table: UL_RQ_ASYNC needs no copy. */
 bool ul_hctx_is_registered(const struct ul_request *req);
+/* Whether they can be put there, for UL_RQ_ASYNC (req->registers). */
+bool ul_hctx_can_register(const struct ul_request *req);
 int ul_hctx_user_copy(struct ul_request *req, void *data);
 int ul_hctx_user_copy_part(struct ul_request *req, void *data,
 			   uint64_t offset_bytes, uint64_t nr_bytes);

@@ -26,6 +26,7 @@ enum hctx_cqe {
 	CQE_WAKE,			/* the poll on wake_fd */
 	CQE_FETCH,			/* BATCH_IO: tags */
 	CQE_COMMIT,			/* BATCH_IO: how much was committed */
+	CQE_BUFFER,			/* pages were not (un)registered */
 	CQE_WATCH,			/* the poll on watch_fd */
 };
 #define UD(kind, hctx, value) \

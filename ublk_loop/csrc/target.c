@@ -770,6 +770,15 @@ static int32_t auto_write_by_chunks(const struct ul_target *t,
 	return req->nr_bytes;
 }
 
+/* Of more than a chunk, a copy saved is worth the thread of io_uring's that then
+ * writes the page cache of ext4 (others take it without waiting). */
+static bool auto_registers(const struct ul_target *t,
+			   const struct ul_request *req)
+{
+	return t->cold == COLD_ASYNC && req->nr_bytes > CHUNK_BYTES &&
+	       ul_hctx_can_register(req);
+}
+
 /*
  * A write has to set the file's mtime to the tick of the clock in which it is,
  * which a file system does not do without waiting: the first ones of each tick
@@ -813,6 +822,9 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 	}
 	if (req->nr_bytes > JOINED_MAX && ul_hctx_is_user_copy(req) &&
 	    auto_may_pwrite(t, plug, req)) {
+		req->registers = auto_registers(t, req);
+		if (req->registers)
+			return UL_RQ_ASYNC;
 		req->res = auto_write_by_chunks(t, req);
 		return UL_RQ_DONE;
 	}
@@ -861,6 +873,7 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 
 	req->copied_in = false;
 	req->past_cache = false;
+	req->registers = false;
 	if (target_refuses(t, req)) {
 		req->res = -EIO;
 		return UL_RQ_DONE;

@@ -36,6 +36,7 @@ struct ul_request {
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
 	bool			is_shared;	/* R: buffer is the client's */
 	bool			past_cache;	/* R: read by direct_fd */
+	bool			registers;	/* R: UL_RQ_ASYNC by its pages */
 	bool			copied_in;	/* W: a WRITE's data is in buffer */
 	bool			attending;	/* W: Python has it */
 };
@@ -121,13 +122,15 @@ static inline bool ul_op_has_data(uint8_t op)
 	return op == UBLK_IO_OP_READ || op == UBLK_IO_OP_WRITE;
 }
 
-/* io_uring's answer was short, refused for now, or for how the client's memory
- * lies (EINVAL): the request is to be done again, from or to our buffer, by who
- * may wait. */
+/* io_uring's answer was short, refused for now, for how the client's memory lies
+ * (EINVAL), since its pages were not registered (EFAULT) or since there was no
+ * memory for a thread (ECANCELED): the request is to be done again, from or to our
+ * buffer, by who may wait. */
 static inline bool ul_request_is_undone(const struct ul_request *req,
 					int32_t res)
 {
 	return res == -EAGAIN || res == -EINTR || res == -EINVAL ||
+	       res == -EFAULT || res == -ECANCELED ||
 	       (res >= 0 && res < (int32_t)req->nr_bytes);
 }
 
