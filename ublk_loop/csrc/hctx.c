@@ -515,6 +515,7 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 	req->offset_bytes = desc->start_sector << 9;
 	hctx_set_buffer(h, req, desc->addr);
 	h->stats.nr_inflight++;
+	h->thread->nr_requests++;
 	hctx_count(h, req);
 	switch (ul_target_queue_rq(h->target, h->wq, &h->plug, req)) {
 	case UL_RQ_DONE:

@@ -16,8 +16,8 @@
  *
  * Spinning: with IORING_SETUP_TASKRUN_FLAG the kernel says in shared memory
  * that something waits for us, so a spin spares us a sleep and the client a
- * wake-up.  Each wait is measured, slept or spun: as long as they are short,
- * the thread spins.  Every spin ends in sleep, so an idle device costs nothing.
+ * wake-up.  Whether that pays is measured (spin.c).  Every spin ends in sleep,
+ * so an idle device costs nothing.
  *
  * The run is over when the driver has ended every fetch of every hctx and
  * every request in flight was handed back.  After ul_iothread_stop() it is over
@@ -43,12 +43,6 @@
 
 /* A spin looks at the clock, and lets others run, once in so many pauses. */
 #define SPIN_PAUSES	32
-#define SPIN_NS_MIN	50000
-/* A spin lasts so many of the mean wait. */
-#define SPIN_WAITS	4
-/* Short waits less the long ones, which count more; spinning pays above 0. */
-#define SPIN_SCORE_MAX	8
-#define SPIN_SCORE_LONG	4
 /* After word that the file was changed, what a batch learns of its size is not
  * kept for the next one for so many batches: our own writes are changes too. */
 #define UNSURE_BATCHES	64
@@ -68,7 +62,7 @@ int ul_iothread_create(const struct ul_iothread_config *config,
 		return -ENOMEM;
 	t->cdev_fd = config->cdev_fd;
 	t->target = target;
-	t->spin_ns = config->poll_us * 1000ULL;
+	t->spin.limit_ns = config->poll_us * 1000ULL;
 	t->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (t->wake_fd < 0) {
 		free(t);
@@ -342,8 +336,10 @@ static inline void cpu_relax(void)
 
 /* True: something came.  Whoever else wants this CPU, most likely the client,
  * gets it: else we would wait for what our waiting keeps from coming. */
-static bool iothread_spin(struct ul_iothread *t, uint64_t until_ns)
+static bool iothread_spin(struct ul_iothread *t, uint64_t nr_ns)
 {
+	uint64_t until_ns = now_ns() + nr_ns;
+
 	do {
 		for (int i = 0; i < SPIN_PAUSES; i++) {
 			if (iothread_has_news(t))
@@ -401,50 +397,25 @@ static int iothread_sleep(struct ul_iothread *t)
 	return ret;
 }
 
-/* A wait that a spin could have bridged speaks for spinning, a longer one
- * against it, whether we span or slept. */
-static void iothread_note_wait(struct ul_iothread *t, uint64_t ns)
-{
-	if (ns > t->spin_ns) {
-		t->spin_score -= SPIN_SCORE_LONG;
-		if (t->spin_score < 0)
-			t->spin_score = 0;
-		return;
-	}
-	t->wait_ns += ((int64_t)ns - (int64_t)t->wait_ns) / 8;
-	if (t->spin_score < SPIN_SCORE_MAX)
-		t->spin_score++;
-}
-
-/* How long to spin: several times what is usual, which ends a burst early. */
-static uint64_t iothread_spin_limit(const struct ul_iothread *t)
-{
-	uint64_t limit_ns = SPIN_WAITS * t->wait_ns;
-
-	if (limit_ns < SPIN_NS_MIN)
-		limit_ns = SPIN_NS_MIN;
-	return limit_ns < t->spin_ns ? limit_ns : t->spin_ns;
-}
-
 /* Submit, then spin or sleep until there is something to reap or collect. */
 static int iothread_wait(struct ul_iothread *t)
 {
-	uint64_t begin_ns;
+	uint64_t spin_ns;
 	int ret = 0;
 
-	if (!t->spin_ns)
+	if (!t->spin.limit_ns)
 		return iothread_sleep(t);
 	if (io_uring_sq_ready(&t->ring.uring))
 		ret = io_uring_submit_and_get_events(&t->ring.uring);
 	if (ret < 0 || iothread_has_cqes(t))
 		return ret;
-	begin_ns = now_ns();
-	if (t->spin_score > 0 &&
-	    iothread_spin(t, begin_ns + iothread_spin_limit(t)))
+	spin_ns = ul_spin_ns(&t->spin);
+	if (spin_ns && iothread_spin(t, spin_ns))
 		ret = io_uring_get_events(&t->ring.uring);
 	else
 		ret = iothread_sleep(t);
-	iothread_note_wait(t, now_ns() - begin_ns);
+	ul_spin_note(&t->spin, now_ns(), t->nr_requests);
+	t->nr_requests = 0;
 	return ret;
 }
 

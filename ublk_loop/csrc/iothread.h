@@ -9,6 +9,7 @@
 #include <stdbool.h>
 
 #include "ring.h"
+#include "spin.h"
 #include "target.h"
 
 /* From ul_iothread_create() to ul_iothread_destroy(), which is after its hctxs'.
@@ -28,9 +29,8 @@ struct ul_iothread {
 	struct ul_ring		ring;		/* P */
 	bool			ring_made;	/* P */
 	int32_t			tid;		/* P */
-	uint64_t		spin_ns;	/* I: longest spin; 0: none */
-	uint64_t		wait_ns;	/* R: mean of waits up to spin_ns */
-	int			spin_score;	/* R: see SPIN_SCORE_MAX */
+	struct ul_spin		spin;		/* R, its limit I */
+	uint64_t		nr_requests;	/* R: since the last wait */
 	bool			may_give_back;	/* R: buffers may have pages */
 	int			fault;		/* R: first unexpected result */
 	bool			leaving;	/* R: has seen `stopping` */
