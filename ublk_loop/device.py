@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import uapi
+from . import process, uapi
 from .control import Control, DevInfo
 from .errors import BackingFileError, DriverError
 from .hctx import HardwareContext
@@ -446,9 +446,10 @@ class Device:
         # backing that sorts for itself. Unprivileged: stays as it is.
         path = Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler")
         with contextlib.suppress(OSError):
-            # The kernel runs modprobe for each write; a recovered device has it already.
             if f"[{name}]" not in path.read_text():
-                path.write_text(name)
+                # The kernel runs modprobe for each write, and waits until nothing is in flight:
+                # who serves that must not wait for it, or could not even be killed.
+                process.write_apart(str(path), name)
 
 
 @contextlib.contextmanager

@@ -20,9 +20,12 @@ pytestmark = pytest.mark.usefixtures("state_dir")
 
 
 @pytest.fixture
-def added(add: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """A null device that outlives its server."""
-    return add("-t null -r 1")
+def added(add: Callable[..., dict[str, Any]], wait_until: WaitUntil) -> dict[str, Any]:
+    """A null device that outlives its server, and has its scheduler."""
+    device = add("-t null -r 1")
+    scheduler = Path(f"/sys/block/ublkb{device['dev_id']}/queue/scheduler")
+    wait_until(lambda: "[none]" in scheduler.read_text())
+    return device
 
 
 def _run(line: str) -> Result:
