@@ -1,7 +1,7 @@
-"""The ``ublk`` command: the quick ways of ``ublk add`` and ``owner``, else the commands of cli.py.
+"""The ``ublk`` command in Python: the quick way of ``owner``, else the commands of cli.py.
 
-``ublk add`` is what a program may call often. A running daemon has loaded everything; so the words
-go to it before this process loads anything. ``ublk owner`` is called by udev for each node.
+Installed as ``ublk-command``, which ``ublk`` (csrc/client.c) executes where the daemon does not do
+what it is asked for. ``ublk owner`` is called by udev for each node.
 """
 
 from __future__ import annotations
@@ -11,13 +11,7 @@ import sys
 
 def main() -> None:
     """Run the ``ublk`` command."""
-    if sys.argv[1:2] == ["add"]:
-        from . import client
-
-        exit_code = client.quick_add(sys.argv[2:])
-        if exit_code is not None:
-            sys.exit(exit_code)
-    elif sys.argv[1:2] == ["owner"]:
+    if sys.argv[1:2] == ["owner"]:
         from . import owner
 
         exit_code = owner.quick_owner(sys.argv[2:])

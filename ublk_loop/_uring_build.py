@@ -1,8 +1,9 @@
 """Build of ublk_loop._uring, the cffi module (API mode) that holds the data plane.
 
 In: csrc/ul.h, which is both the C header and the cffi cdef, and the C sources that pyproject.toml
-lists. Out: the compiled extension. Runs at build time only, in setuptools' build_ext; liburing is
-found by pkg-config. It is never imported at run time. UBLK_LOOP_WERROR=1 makes warnings errors.
+lists. Out: the compiled extension, and the ``ublk`` command, of csrc/client.c. Runs at build time
+only, in setuptools' build_ext and build_scripts; liburing is found by pkg-config. It is never
+imported at run time. UBLK_LOOP_WERROR=1 makes warnings errors.
 
 It is the build backend too: setuptools' own, but for a look at the tools before anything else, so
 that pip's report of a missing one is a single line.
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from setuptools import Extension, build_meta
+from setuptools import Command, Extension, build_meta
 from setuptools.build_meta import (
     build_editable,
     build_sdist,
@@ -53,10 +54,13 @@ def _flags(*arguments: str) -> list[str]:
     return shlex.split(_pkg_config(*arguments) or "")
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+
+
 def _missing() -> Iterator[tuple[str, str]]:
     """Yield what the build lacks, each as (what it is, the Debian package that has it)."""
-    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
-    if shutil.which(shlex.split(compiler)[0]) is None:
+    if shutil.which(_compiler()[0]) is None:
         yield "a C compiler", "gcc"
     if not any(
         (Path(sysconfig.get_path(name)) / "Python.h").exists()
@@ -93,6 +97,11 @@ def get_requires_for_build_editable(config_settings: _Settings = None) -> list[s
     return build_meta.get_requires_for_build_editable(config_settings)
 
 
+def _compile_args() -> list[str]:
+    is_strict = os.environ.get("UBLK_LOOP_WERROR") == "1"
+    return ["-std=gnu11", "-O2", *WARNINGS, *(["-Werror"] if is_strict else [])]
+
+
 class BuildExt(build_ext):
     """Emit the cffi glue into the build folder, then compile it with the C sources."""
 
@@ -116,18 +125,41 @@ class BuildExt(build_ext):
         built.include_dirs = [*ext.include_dirs, str(CSRC)]
         built.extra_compile_args = [
             *ext.extra_compile_args,
-            "-std=gnu11",
-            "-O2",
+            *_compile_args(),
             "-fvisibility=hidden",
-            *WARNINGS,
-            *(["-Werror"] if os.environ.get("UBLK_LOOP_WERROR") == "1" else []),
             *_flags("--cflags"),
         ]
         built.extra_link_args = [*ext.extra_link_args, "-pthread", *_flags("--libs")]
         super().build_extension(built)
 
 
+class BuildClient(Command):
+    """Make the ``ublk`` command, in place of setuptools' build_scripts: a program, not a script."""
+
+    build_dir: str
+    scripts: list[str]
+
+    def initialize_options(self) -> None:
+        self.build_dir = ""
+        self.scripts = self.distribution.scripts or []
+
+    def finalize_options(self) -> None:
+        self.build_dir = self.build_dir or self.get_finalized_command("build").build_scripts
+
+    def get_source_files(self) -> list[str]:
+        return self.scripts
+
+    def run(self) -> None:
+        require_tools()
+        os.makedirs(self.build_dir, exist_ok=True)
+        version = f'-DUBLK_LOOP_VERSION="{self.distribution.get_version()}"'
+        program = os.path.join(self.build_dir, "ublk")
+        command = [*_compiler(), *_compile_args(), version, "-o", program, *self.scripts]
+        subprocess.run(command, check=True)
+
+
 __all__ = [
+    "BuildClient",
     "BuildExt",
     "build_editable",
     "build_sdist",

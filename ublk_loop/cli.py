@@ -8,9 +8,12 @@ The small commands are here; the others are in ``cli_*``.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
@@ -24,6 +27,7 @@ from .cli_list import list_devices
 from .cli_losetup import losetup
 from .cli_recover import quiesce, recover, upgrade
 from .finding import PROBLEM
+from .protocol import Reply
 
 
 @click.command(short_help="Show what the driver offers.")
@@ -180,6 +184,18 @@ for _command in (
     *(features, doctor, set_affinity, resize, owner, show_help, losetup),
 ):
     cli.add_command(_command)
+
+
+def run(words: Sequence[str]) -> Reply:
+    """Do ``ublk WORDS`` in this process; return the exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli(list(words), prog_name="ublk", obj=list(words[1:]))
+            exit_code = 0
+        except SystemExit as end:
+            exit_code = end.code if isinstance(end.code, int) else 1
+    return Reply(exit_code, out.getvalue(), err.getvalue())
 
 
 def main() -> NoReturn:

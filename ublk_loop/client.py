@@ -1,11 +1,11 @@
 """The CLI's side of the daemon's socket.
 
-    quick_add()  the quick way of ``ublk add``: its words go to a running daemon as they are, before
-            click and most of this package are imported
+    add()   ``ublk add``, done by a running daemon
     ask()   one request, one reply
     start() start the daemon, once however many ask for it at the same time
 
-Every wait has a deadline. Runs in the CLI; imports as little as can be.
+Every wait has a deadline. Runs in the CLI. Most commands of root's do without: csrc/client.c asks
+a running daemon itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from typing import IO, Any
 
 from . import paths
@@ -46,19 +47,10 @@ def add(words: list[str]) -> int | None:
     return int(reply["exit_code"])
 
 
-def quick_add(words: list[str]) -> int | None:
-    """As add(), in a process that has imported nothing else; errors are printed."""
-    try:
-        return add(words)
-    except OSError as error:
-        sys.stderr.write(f"ublk: daemon: {error.strerror or error}\n")
-        return 1
-
-
-def two_lines() -> bool:
+def two_lines(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether ``ublk list`` and the like print flags on a line of their own."""
     # The reference server moved the flags to a line of their own in 2025. Scripts parse either.
-    return os.environ.get("UBLK_LOOP_LIST_STYLE") == "two-lines"
+    return environment.get("UBLK_LOOP_LIST_STYLE") == "two-lines"
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any] | None:

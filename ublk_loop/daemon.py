@@ -29,7 +29,22 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from . import boot, cli_add, events, listing, log, paths, process, protocol, server, state, systemd
+from . import (
+    __version__,
+    boot,
+    cli,
+    cli_add,
+    client,
+    events,
+    listing,
+    log,
+    paths,
+    process,
+    protocol,
+    server,
+    state,
+    systemd,
+)
 from .errors import DaemonError, UblkLoopError
 from .launch import LAUNCH_TIMEOUT_S, Launch
 from .protocol import EXIT_DO_IT_YOURSELF, Reply
@@ -130,7 +145,10 @@ class Daemon:
 
     def handle(self, request: protocol.Request, session: _Session) -> None:
         """Do what a client asks for, and have the session reply."""
-        if isinstance(request, protocol.Add):
+        if isinstance(request, protocol.Run):
+            running = Running(self.loop, request, session.reply)
+            session.on_hang_up = running.abandon
+        elif isinstance(request, protocol.Add):
             adding = Adding(self, request, session.reply)
             session.on_hang_up = adding.abandon
         elif isinstance(request, protocol.Recover):
@@ -296,6 +314,43 @@ class Adding:
         launch.close_pipes()
 
 
+class Running:
+    """A command in a fork of the daemon: it has loaded all that a command needs.
+
+    :param done: called once with the reply.
+    """
+
+    def __init__(
+        self, loop: events.Loop, request: protocol.Run, done: Callable[[Reply], None]
+    ) -> None:
+        self._loop = loop
+        self._done = done
+        self._child, self._answer_fd = process.fork_to_answer(lambda: _run_command(request))
+        self._answer = b""
+        loop.watch(self._answer_fd, self._read)
+
+    def abandon(self) -> None:
+        """End the command: nobody waits for it any more."""
+        self._child.send(signal.SIGTERM)
+
+    def _read(self) -> None:
+        data = os.read(self._answer_fd, 65536)
+        self._answer += data
+        if data:
+            return
+        self._loop.unwatch(self._answer_fd)
+        os.close(self._answer_fd)
+        self._loop.watch(self._child.fileno(), self._ended)
+
+    def _ended(self) -> None:
+        let_go(self._loop, self._child)
+        try:
+            reply = protocol.parse_reply(self._answer)
+        except ValueError:
+            reply = Reply(1, err="ublk: the command died; the daemon's log says more\n")
+        self._done(reply)
+
+
 class _Session:
     """A connection: reads one request, waits for its reply, writes that, and closes."""
 
@@ -309,6 +364,7 @@ class _Session:
         self._forget = forget
         self._data = b""
         self._is_busy = False
+        self._pack = protocol.pack_reply
         connection.setblocking(False)
         self._timer = self._loop.call_later(REQUEST_TIMEOUT_S, self._close)
         self._loop.watch(connection.fileno(), self._read)
@@ -318,7 +374,7 @@ class _Session:
         self.on_hang_up = None
         if self._connection.fileno() < 0:
             return
-        self._data = protocol.pack_reply(reply)
+        self._data = self._pack(reply)
         self._timer.cancel()
         self._timer = self._loop.call_later(REQUEST_TIMEOUT_S, self._close)
         self._write()
@@ -350,6 +406,12 @@ class _Session:
                 self.reply(Reply(EXIT_DO_IT_YOURSELF, err=where))
                 return
             request = protocol.parse_request(line)
+            if isinstance(request, protocol.Run):
+                self._pack = protocol.pack_output
+                if request.version != __version__:
+                    self.reply(Reply(EXIT_DO_IT_YOURSELF))
+                    return
+                request = _as_add(request)
         except (ValueError, PermissionError) as error:
             self.reply(Reply(1, err=f"ublk: bad request: {_one_line(str(error))}\n"))
             return
@@ -393,6 +455,23 @@ class _Session:
         hang_up, self.on_hang_up = self.on_hang_up, None
         if hang_up is not None:
             hang_up()
+
+
+def _as_add(request: protocol.Run) -> protocol.Request:
+    # What forks a server has to be the daemon itself.
+    if request.words[:1] != ("add",):
+        return request
+    two_lines = client.two_lines(request.environment)
+    return protocol.Add(request.words[1:], request.cwd, two_lines)
+
+
+def _run_command(request: protocol.Run) -> bytes:
+    os.environ.update(request.environment)
+    try:
+        os.chdir(request.cwd)
+    except OSError as error:
+        return protocol.pack_reply(Reply(1, err=f"ublk: {request.cwd}: {error.strerror}\n"))
+    return protocol.pack_reply(cli.run(request.words))
 
 
 def _read_words(request: protocol.Add) -> bytes:

@@ -1,13 +1,13 @@
 """The messages between the CLI and the daemon, and between a server and who started it.
 
-    CLI -> daemon     one request a connection: Add, Recover, Upgrade, Reload, Status, Stop
-    daemon -> CLI     one Reply
+    CLI -> daemon     one request a connection: Run, Add, Recover, Upgrade, Reload, Status, Stop
+    daemon -> CLI     one Reply; to a Run, whose client is csrc/client.c, in the form of pack_output
     server -> parent  reports, until the device is live: added, then live or error
 
 Each is a JSON object on a line of its own. What comes in is checked whole: exactly the members that
 the message has, each of its type and range, and no longer than a limit; anything else is a
 ValueError of one sentence. Plain dataclasses and the checks of the state files do that: a library
-would be one more import in a process that forks, for six messages. Pure; runs everywhere.
+would be one more import in a process that forks, for seven messages. Pure; runs everywhere.
 """
 
 from __future__ import annotations
@@ -58,6 +58,19 @@ class Refused(DaemonError):
 
 
 @dataclass(frozen=True)
+class Run:
+    """Do ``ublk WORDS`` in a fork of the daemon, of which ``version`` must be the client's.
+
+    :param environment: the client's variables whose names begin with UBLK_LOOP_.
+    """
+
+    version: str
+    words: tuple[str, ...]
+    cwd: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Add:
     """Add a device: the words behind ``ublk add``, and what else they depend on."""
 
@@ -102,8 +115,9 @@ class Stop:
     """End the daemon; the devices are served on."""
 
 
-Request: TypeAlias = "Add | Recover | Upgrade | Reload | Status | Stop"
+Request: TypeAlias = "Run | Add | Recover | Upgrade | Reload | Status | Stop"
 _COMMANDS: dict[str, type[Request]] = {
+    "run": Run,
     "add": Add,
     "recover": Recover,
     "upgrade": Upgrade,
@@ -147,6 +161,13 @@ def parse_request(line: bytes) -> Request:
     if kind is None:
         raise ValueError("command is none of " + ", ".join(_COMMANDS))
     fields = Fields(f"command {name}", document, *kind.__dataclass_fields__)
+    if kind is Run:
+        return Run(
+            fields.text("version"),
+            _parse_words(fields),
+            _parse_path(fields, "cwd"),
+            _parse_environment(fields),
+        )
     if kind is Add:
         return Add(_parse_words(fields), _parse_path(fields, "cwd"), fields.boolean("two_lines"))
     if kind is Recover:
@@ -175,6 +196,13 @@ def _parse_word(word: JsonValue) -> str:
     return word
 
 
+def _parse_environment(fields: Fields) -> dict[str, str]:
+    variables = fields.mapping("environment")
+    if len(variables) > MAX_WORDS or not all(name.startswith("UBLK_LOOP_") for name in variables):
+        raise ValueError(f"environment is not at most {MAX_WORDS} variables named UBLK_LOOP_*")
+    return {_parse_word(name): _parse_word(value) for name, value in variables.items()}
+
+
 def _parse_path(fields: Fields, name: str) -> str:
     path = _parse_word(fields.text(name))
     if not path.startswith("/"):
@@ -185,6 +213,12 @@ def _parse_path(fields: Fields, name: str) -> str:
 def pack_reply(reply: Reply) -> bytes:
     """Return the line that is ``reply``."""
     return _pack(asdict(reply))
+
+
+def pack_output(reply: Reply) -> bytes:
+    """Return a reply for csrc/client.c: exit code, two lengths; what goes to stdout, to stderr."""
+    out, err = (text.encode(errors="surrogateescape") for text in (reply.out, reply.err))
+    return b"%d %d %d\n%b%b" % (reply.exit_code, len(out), len(err), out, err)
 
 
 def parse_reply(line: bytes) -> Reply:

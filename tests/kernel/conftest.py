@@ -21,7 +21,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -30,6 +29,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from commands import UBLK
 from daemons import Daemon
 from loads import Load
 from servers import Apart, reap_children
@@ -335,7 +335,7 @@ def ublk(leaves_nothing: KernelLog) -> Callable[..., subprocess.CompletedProcess
     def ublk(
         *words: object, timeout_s: float = COMMAND_TIMEOUT_S
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ublk_loop", *(str(word) for word in words)]
+        command = [UBLK, *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
     return ublk

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import UBLK
 from daemons import Daemon
 
 from ublk_loop import client, manage, paths, uapi
@@ -41,8 +42,7 @@ def test_add_starts_a_daemon_once_and_both_outlive_the_command(
     daemon.kill()
     path = backing_file(FILE_BYTES)
     words = ["add", "-t", "null", "--size", "1G"]
-    command = [sys.executable, "-m", "ublk_loop", *words]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen([UBLK, *words], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [each.communicate(timeout=60)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0]
     assert all(re.match(r"dev id \d: nr_hw_queues 1 ", text) for text in outputs)
@@ -189,6 +189,9 @@ def test_idle_device_costs_little_memory_and_the_daemon_does_not_wake_up(
     def switches() -> str:
         return re.findall(r"ctxt_switches:\s+\d+", Path(f"/proc/{daemon_pid}/status").read_text())
 
+    # It has answered; then it goes to sleep.
+    stat = Path(f"/proc/{daemon_pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(") ")[2][0] == "S")
     before = switches()
     with pytest.raises(TimeoutError):
         _wait_for_change(switches, before, timeout_s=2)

@@ -14,11 +14,18 @@ from hypothesis import strategies as st
 
 from ublk_loop import client, protocol
 from ublk_loop.errors import DaemonError
-from ublk_loop.protocol import Add, Recover, Reply, Status, Stop
+from ublk_loop.protocol import Add, Recover, Reply, Run, Status, Stop
 from ublk_loop.state import DeviceOptions, TargetSpec
 
 WORDS = st.text(st.characters(exclude_characters="\0"), max_size=20)
 REQUESTS = st.one_of(
+    st.builds(
+        Run,
+        version=WORDS,
+        words=st.lists(WORDS, max_size=5).map(tuple),
+        cwd=WORDS.map("/".__add__),
+        environment=st.dictionaries(WORDS.map("UBLK_LOOP_".__add__), WORDS, max_size=3),
+    ),
     st.builds(
         Add,
         words=st.lists(WORDS, max_size=5).map(tuple),
@@ -93,7 +100,16 @@ def test_parse_request_refuses(members: dict[str, Any]) -> None:
         protocol.parse_request(b" " * (protocol.MAX_REQUEST_BYTES + 1))
 
 
-def test_quick_client_sends_what_the_daemon_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "members", [{"environment": {"PATH": "/"}}, {"environment": {"UBLK_LOOP_A": 1}}, {"cwd": "a"}]
+)
+def test_parse_request_refuses_a_run(members: dict[str, Any]) -> None:
+    document = {**protocol.document(Run("0.1.0", ("list",), "/", {})), **members}
+    with pytest.raises(ValueError):
+        protocol.parse_request(json.dumps(document).encode())
+
+
+def test_client_sends_what_the_daemon_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, Any]] = []
 
     def ask(request: dict[str, Any]) -> dict[str, Any]:
@@ -103,19 +119,19 @@ def test_quick_client_sends_what_the_daemon_reads(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(client, "ask", ask)
     monkeypatch.delenv("UBLK_LOOP_DAEMON", raising=False)
     monkeypatch.setenv("UBLK_LOOP_LIST_STYLE", "two-lines")
-    assert client.quick_add(["-t", "null"]) == 1
+    assert client.add(["-t", "null"]) == 1
     request = protocol.parse_request(json.dumps(sent[0]).encode())
     assert request == Add(("-t", "null"), os.getcwd(), True)
 
 
 @pytest.mark.parametrize("words", [["--foreground"], ["-t", "null", "-h"], ["--help"]])
-def test_quick_client_leaves_to_click_what_is_for_no_daemon(
+def test_client_leaves_to_click_what_is_for_no_daemon(
     monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     monkeypatch.setattr(client, "ask", lambda request: pytest.fail("asked"))
-    assert client.quick_add(words) is None
+    assert client.add(words) is None
     monkeypatch.setenv("UBLK_LOOP_DAEMON", "0")
-    assert client.quick_add([]) is None
+    assert client.add([]) is None
 
 
 def test_wish_is_the_same_when_read_again_and_an_error_is_raised_again() -> None:
