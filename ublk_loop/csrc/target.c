@@ -261,6 +261,20 @@ static void plug_add(struct ul_plug *plug, struct ul_request *req)
 
 /* ---- what a request does to a file ---- */
 
+static ssize_t loop_pread(const struct ul_target *t, char *data,
+			  uint64_t nr_bytes, uint64_t pos)
+{
+	ssize_t n = pread(t->config.fd, data, nr_bytes, pos);
+
+	/* The page cache reads, and fails, a folio: with one bad sector that is
+	 * up to 2 MiB of good ones.  Past it each is read for itself. */
+	if (n < 0 && errno == EIO && t->config.direct_fd >= 0) {
+		n = pread(t->config.direct_fd, data, nr_bytes, pos);
+		errno = EIO;
+	}
+	return n;
+}
+
 /* All of it or an errno: to the driver (v7.3) any result >= 0 of a WRITE
  * means the whole of it.  Zero bytes means that the file ended early.
  */
@@ -271,8 +285,8 @@ static int32_t loop_read(const struct ul_target *t, struct ul_request *req)
 	ssize_t n;
 
 	while (done < req->nr_bytes) {
-		n = pread(t->config.fd, (char *)req->buffer + done,
-			  req->nr_bytes - done, pos + done);
+		n = loop_pread(t, (char *)req->buffer + done,
+			       req->nr_bytes - done, pos + done);
 		if (n > 0)
 			done += n;
 		else if (n == 0)

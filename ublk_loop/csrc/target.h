@@ -122,15 +122,25 @@ static inline bool ul_op_has_data(uint8_t op)
 	return op == UBLK_IO_OP_READ || op == UBLK_IO_OP_WRITE;
 }
 
+/* For UL_RQ_ASYNC: the file, or -1 where a target never asks for it; and the
+ * position in it. */
+int ul_target_fd(const struct ul_target *target);
+bool ul_target_has_map(const struct ul_target *target);
+int ul_target_direct_fd(const struct ul_target *target);
+uint64_t ul_target_pos(const struct ul_target *target,
+		       const struct ul_request *req);
+
 /* io_uring's answer was short, refused for now, for how the client's memory lies
  * (EINVAL), since its pages were not registered (EFAULT) or since there was no
- * memory for a thread (ECANCELED): the request is to be done again, from or to our
- * buffer, by who may wait. */
+ * memory for a thread (ECANCELED), or it fails as part of a folio only, perhaps
+ * (EIO): the request is to be done again, from or to our buffer, by who may wait. */
 static inline bool ul_request_is_undone(const struct ul_request *req,
 					int32_t res)
 {
 	return res == -EAGAIN || res == -EINTR || res == -EINVAL ||
 	       res == -EFAULT || res == -ECANCELED ||
+	       (res == -EIO && req->op == UBLK_IO_OP_READ && !req->past_cache &&
+		ul_target_direct_fd(req->target) >= 0) ||
 	       (res >= 0 && res < (int32_t)req->nr_bytes);
 }
 
@@ -147,13 +157,6 @@ void ul_target_queue_work(struct ul_target *target, struct ul_workqueue *wq,
  * the io_desc's.  NULL: nowhere that we know of. */
 char *ul_target_find_shmem(struct ul_target *target, uint64_t addr,
 			   uint64_t nr_bytes);
-/* For UL_RQ_ASYNC: the file, or -1 where a target never asks for it; and the
- * position in it. */
-int ul_target_fd(const struct ul_target *target);
-bool ul_target_has_map(const struct ul_target *target);
-int ul_target_direct_fd(const struct ul_target *target);
-uint64_t ul_target_pos(const struct ul_target *target,
-		       const struct ul_request *req);
 /* The batch is over: let what was plugged begin. */
 void ul_target_commit_rqs(struct ul_target *target, struct ul_workqueue *wq,
 			  struct ul_plug *plug);
