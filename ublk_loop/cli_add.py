@@ -378,10 +378,12 @@ def _serve_here(request: Request, as_json: bool) -> None:
     import logging
 
     from . import server
+    from .device import set_scheduler
 
     logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
 
-    def on_live(_: int, text: str) -> None:
+    def on_live(dev_id: int, text: str) -> None:
+        set_scheduler(dev_id)
         click.echo(text, nl=False)
         sys.stdout.flush()
 

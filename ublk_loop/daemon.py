@@ -286,6 +286,7 @@ class Adding:
         if is_live:
             self._close(launch)
             self._daemon.added(launch.dev_id, launch.process)
+            _set_scheduler_apart(self._loop, launch.dev_id)
             _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
             self._done(Reply(out=launch.live))
 
@@ -480,6 +481,18 @@ def _read_words(request: protocol.Add) -> bytes:
     except ValueError as error:
         return protocol.pack_report(**protocol.pack_error(error))
     return protocol.pack_wish(wish.dev_id, wish.options, wish.spec, as_json)
+
+
+def _set_scheduler_apart(loop: events.Loop, dev_id: int) -> None:
+    # It takes longer than all else that an add does; nobody has to wait for it.
+    from .device import set_scheduler
+
+    def child() -> int:
+        set_scheduler(dev_id)
+        return 0
+
+    helper = process.fork(child)
+    loop.watch(helper.fileno(), lambda: let_go(loop, helper))
 
 
 def _take_back(launch: Launch) -> int:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import process, uapi
+from . import uapi
 from .control import Control, DevInfo
 from .errors import BackingFileError, DriverError
 from .hctx import HardwareContext
@@ -238,9 +238,10 @@ class Device:
         """Where the server's side of the device is."""
         return f"/dev/ublkc{self.dev_id}"
 
-    def start(self, timeout_s: float = 30) -> None:
+    def start(self, timeout_s: float = 30, *, scheduler: str | None = "none") -> None:
         """Make the device live.
 
+        :param scheduler: what it gets; None: what the kernel gives it.
         :raises DriverError: what the driver said; the caller deletes the device.
         """
         if self._recovering:
@@ -248,7 +249,8 @@ class Device:
         else:
             self._control.start_dev(self.dev_id, os.getpid(), timeout_s=timeout_s)
         self.info = self._control.get_dev_info(self.dev_id)
-        self._set_scheduler("none")
+        if scheduler is not None:
+            set_scheduler(self.dev_id, scheduler)
 
     def on_end(self, watcher: Callable[[], None]) -> None:
         """Have ``watcher`` called, on any thread, once :meth:`wait` would return."""
@@ -441,15 +443,20 @@ class Device:
         for watcher in watchers:
             watcher()
 
-    def _set_scheduler(self, name: str) -> None:
-        # A device with one queue would get mq-deadline, which costs two thirds of the IOPS of a
-        # backing that sorts for itself. Unprivileged: stays as it is.
-        path = Path(f"/sys/block/ublkb{self.dev_id}/queue/scheduler")
-        with contextlib.suppress(OSError):
-            if f"[{name}]" not in path.read_text():
-                # The kernel runs modprobe for each write, and waits until nothing is in flight:
-                # who serves that must not wait for it, or could not even be killed.
-                process.write_apart(str(path), name)
+
+def set_scheduler(dev_id: int, name: str = "none") -> None:
+    """Set a device's scheduler, unless it has it; without effect if we may not (unprivileged).
+
+    It waits until nothing is in flight, and for modprobe, which the kernel runs for each write. So
+    a server leaves it to whoever started it: killed meanwhile it could not end before the requests
+    that it should have served.
+    """
+    # A device with one queue would get mq-deadline, which costs two thirds of the IOPS of a backing
+    # that sorts for itself.
+    path = Path(f"/sys/block/ublkb{dev_id}/queue/scheduler")
+    with contextlib.suppress(OSError):
+        if f"[{name}]" not in path.read_text():
+            path.write_text(name)
 
 
 @contextlib.contextmanager
@@ -550,4 +557,4 @@ def _open_char_device(path: str, deadline: float) -> int:
         time.sleep(0.005)
 
 
-__all__ = ["ANY_DEV_ID", "SUPPORTED_FLAGS", "Device"]
+__all__ = ["ANY_DEV_ID", "SUPPORTED_FLAGS", "Device", "set_scheduler"]

@@ -160,6 +160,8 @@ def launch_server(
 ) -> Any:
     """Fork a server that runs ``serve``, wait until its device is live and return what it reported.
 
+    The device has no scheduler then.
+
     If this raises, no device, process or state file is left (of a
     recovery: the device waits for the next one).
 
@@ -167,6 +169,8 @@ def launch_server(
     :raises ValueError: arguments that the server found bad, before anything changed.
     :raises DaemonError: ESRCH if the server died, with its last words; ETIMEDOUT.
     """
+    from .device import set_scheduler
+
     # Until somebody waits for the server, an interrupt would leave it behind.
     before = hold_signals()
     try:
@@ -177,6 +181,7 @@ def launch_server(
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait_live(launched, time.monotonic() + timeout_s)
+        set_scheduler(launched.dev_id)
         return launched.live
     except BaseException:
         launched.abandon()

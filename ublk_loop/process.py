@@ -154,18 +154,6 @@ def fork_to_answer(function: Callable[[], bytes]) -> tuple[ServerProcess, int]:
     return child, answer_fd
 
 
-def write_apart(path: str, text: str) -> None:
-    """Have a process of its own write to a file, and wait neither for that nor for its end.
-
-    Spawned, not forked: it never holds a file or a page of ours.
-
-    :raises OSError: it could not be started.
-    """
-    script = '(printf %s "$1" >"$0") >/dev/null 2>&1 &'
-    pid = os.posix_spawn("/bin/sh", ["sh", "-c", script, path, text], {})
-    os.waitpid(pid, 0)  # the shell, which ends at once
-
-
 def protect_from_reclaim() -> None:
     """Keep memory reclaim from waiting for itself: lock our memory, be an IO_FLUSHER, survive OOM.
 

@@ -100,7 +100,8 @@ def serve(
 ) -> None:
     """Serve a device until it is stopped from outside, or SIGTERM or SIGINT ends and deletes it.
 
-    LEAVE_SIGNAL ends the server, and the device waits for another one.
+    LEAVE_SIGNAL ends the server, and the device waits for another one. The caller sees to the
+    device's scheduler (:func:`.device.set_scheduler`) once it is live.
 
     :param on_added: called with the dev_id and the inode in sysfs once the device exists.
     :param on_live: called with the dev_id and what ``describe`` returned. If it raises, the device
@@ -158,7 +159,7 @@ def _start(
         known = _state_of(device, request)
         on_added(known.dev_id, known.sysfs_ino)
         state.write(known)
-        device.start(START_TIMEOUT_S)
+        device.start(START_TIMEOUT_S, scheduler=None)
         _wait_for_node(device.block_path)
         return device, known, control.get_params(device.dev_id)
     except BaseException:
