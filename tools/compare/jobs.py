@@ -5,16 +5,21 @@ In: a path to run on. Out: a Sample. Never decides how often or in which order.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import subprocess
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import CompareError, run
 
 FIO_GRACE_S = 120.0
+LOAD_S = 600.0  # longer than any run
 IDLE_S = 2.0  # how long a device is left alone before and while its wake-ups are counted
 PERCENTILES = ("50", "90", "99", "99.9")
 IDLE = "idle"
@@ -28,6 +33,8 @@ class Job:
     :param queues: hardware queues of the device, where the subject can choose.
     :param pin: ``server``: fio and the server's threads on CPU 0; ``all``: the kernel's unbound
         workqueues too, on which /dev/loop works.
+    :param beside: meanwhile so many requests of the same kind are in flight on a second device of
+        the same subject.
     """
 
     rw: str
@@ -37,6 +44,7 @@ class Job:
     batch: int = 1
     queues: int = 1
     pin: str = ""
+    beside: int = 0
 
     @property
     def name(self) -> str:
@@ -45,6 +53,7 @@ class Job:
         parts += [f"{self.numjobs} jobs"] if self.numjobs > 1 else []
         parts += [f"{self.queues} queues"] if self.queues > 1 else []
         parts += [f"batch {self.batch}"] if self.batch > 1 else []
+        parts += [f"beside qd{self.beside}"] if self.beside else []
         parts += {"": [], "all": ["one CPU"], "server": ["one CPU, kworkers free"]}[self.pin]
         return " ".join(parts)
 
@@ -118,6 +127,29 @@ def run_fio(job: Job, path: str, nr_bytes: int, seconds: float, ramp_s: float = 
     command = job.command(path, nr_bytes, seconds, ramp_s)
     output = run(*command, timeout_s=seconds + FIO_GRACE_S)
     return parse_report(output, job.rw)
+
+
+@contextlib.contextmanager
+def load(job: Job, path: str, nr_bytes: int) -> Iterator[None]:
+    """Keep ``job.beside`` requests in flight on ``path`` meanwhile."""
+    other = replace(job, iodepth=job.beside, beside=0)
+    command = other.command(path, nr_bytes, LOAD_S)
+    before = _nr_ios(path)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as fio:
+        try:
+            deadline = time.monotonic() + FIO_GRACE_S
+            while _nr_ios(path) < before + 2 * job.beside:
+                if fio.poll() is not None or time.monotonic() > deadline:
+                    raise CompareError(f"fio does not run: {shlex.join(command)}")
+                time.sleep(0.02)
+            yield
+        finally:
+            fio.terminate()
+
+
+def _nr_ios(path: str) -> int:
+    fields = Path(f"/sys/block/{Path(path).name}/stat").read_text().split()
+    return int(fields[0]) + int(fields[4])
 
 
 def count_wakeups(server_pid: int) -> Sample:

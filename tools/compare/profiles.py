@@ -163,6 +163,21 @@ PIECES = (
         seconds=1.5,
     ),
 )
+FAIRNESS = Profile(
+    "fairness",
+    "one request at a time, alone and beside a busy device of the same kind",
+    (
+        _part(
+            TMPFS,
+            (
+                *(Job("randread", iodepth=1), Job("randread", iodepth=1, beside=64)),
+                *(Job("randread"), Job("randread", beside=64)),
+            ),
+            *("loop", "ublk", "kublk", "kublk:--batch"),
+        ),
+    ),
+    seconds=1.5,
+)
 QUICK = Profile(
     "quick",
     "ours beside /dev/loop, four patterns",
@@ -188,7 +203,7 @@ GATE = Profile(
     ramp_s=0.1,
     once=("loop",),
 )
-PROFILES = {profile.name: profile for profile in (QUICK, *PIECES)}
+PROFILES = {profile.name: profile for profile in (QUICK, FAIRNESS, *PIECES)}
 FULL = "full"
 
 

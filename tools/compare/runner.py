@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .backings import NONE, Backing, drop_caches, fill, no_writeback
 from .errors import run
-from .jobs import IDLE, Job, Sample, count_wakeups, run_fio
+from .jobs import IDLE, Job, Sample, count_wakeups, load, run_fio
 from .profiles import Profile
 from .progress import Progress
 from .results import Cell, Environment, Report, today
@@ -38,6 +38,7 @@ class Group:
     subjects: list[Subject]
     queues: int
     pin: str
+    is_double: bool  # each subject has a second device, for what goes on beside a job
     cells: list[Cell]
 
     @property
@@ -88,7 +89,7 @@ class Runner:
         return now + (self._deadline - now) * left[0] / sum(left)
 
     def _measure(self, group: Group, deadline: float) -> None:
-        with self._served(group) as served:
+        with self._served(group) as (served, others):
             for cell in group.cells:
                 cell.settings = {name: device.settings for name, device in served.items()}
             cells = list(group.cells)
@@ -98,12 +99,14 @@ class Runner:
                 for cell in cells:
                     if time.monotonic() + len(served) * self._run_s > deadline and cell.rounds:
                         return
-                    self._measure_round(cell, group, served)
+                    self._measure_round(cell, group, served, others)
                 nr_rounds += 1
                 if nr_rounds >= self.profile.nr_rounds_min:
                     cells = [cell for cell in cells if not cell.is_narrow(self.profile.width)]
 
-    def _measure_round(self, cell: Cell, group: Group, served: dict[str, Served]) -> None:
+    def _measure_round(
+        self, cell: Cell, group: Group, served: dict[str, Served], others: dict[str, Served]
+    ) -> None:
         names = [name for name in served if not (cell.rounds and name in self.profile.once)]
         random.shuffle(names)
         samples = {}
@@ -111,20 +114,26 @@ class Runner:
             self._tell(f"{cell.name} {name}")
             begin = time.monotonic()
             samples[name] = self._sample(
-                cell.job, group.backing, served[name], self.profile.seconds
+                cell.job, group.backing, served[name], others.get(name), self.profile.seconds
             )
             self._nr_done += 1
             self._run_s += (time.monotonic() - begin - self._run_s) / min(self._nr_done, 10)
         cell.rounds.append(samples)
 
-    def _sample(self, job: Job, backing: Backing, device: Served, seconds: float) -> Sample:
+    def _sample(
+        self, job: Job, backing: Backing, device: Served, other: Served | None, seconds: float
+    ) -> Sample:
         if job.rw == IDLE:
             run_fio(Job("randread"), device.path, backing.nr_bytes, BUSY_S)
             return count_wakeups(device.server_pid)
         if backing.is_cold:
             drop_caches()
         nr_bytes = NULL_BYTES if backing.name == NONE else backing.nr_bytes
-        return run_fio(job, device.path, nr_bytes, seconds, self.profile.ramp_s)
+        with contextlib.ExitStack() as stack:
+            if job.beside:
+                assert other is not None
+                stack.enter_context(load(job, other.path, nr_bytes))
+            return run_fio(job, device.path, nr_bytes, seconds, self.profile.ramp_s)
 
     def _tell(self, what: str) -> None:
         expected = max(self._nr_expected, self._nr_done)
@@ -136,7 +145,7 @@ class Runner:
             self._progress(what, self._nr_done, expected, min(left, by_runs) if by_runs else left)
 
     @contextlib.contextmanager
-    def _served(self, group: Group) -> Iterator[dict[str, Served]]:
+    def _served(self, group: Group) -> Iterator[tuple[dict[str, Served], dict[str, Served]]]:
         with contextlib.ExitStack() as stack:
             if self.profile.icount:
                 stack.enter_context(no_writeback())
@@ -144,15 +153,17 @@ class Runner:
                 stack.enter_context(daemon_of_its_own())
             if group.pin == "all":
                 stack.enter_context(workqueues_on_one_cpu())
-            root = stack.enter_context(group.backing.directory(len(group.subjects)))
-            served = {}
-            for number, subject in enumerate(group.subjects):
+            nr_devices = len(group.subjects) * (2 if group.is_double else 1)
+            root = stack.enter_context(group.backing.directory(nr_devices))
+            every: list[dict[str, Served]] = [{}, {}]
+            for number in range(nr_devices):
+                subject = group.subjects[number % len(group.subjects)]
                 file = root / f"backing{number}"
                 if group.backing.name != NONE:
                     fill(file, group.backing.nr_bytes, leave_dirty=self.profile.icount)
-                device = subject.serve(file, group.queues, group.pin)
-                served[subject.name] = stack.enter_context(device)
-            yield served
+                device = stack.enter_context(subject.serve(file, group.queues, group.pin))
+                every[number // len(group.subjects)][subject.name] = device
+            yield every[0], every[1]
 
 
 def _groups(profile: Profile, where: Environment, kublk: Path | None) -> list[Group]:
@@ -166,6 +177,8 @@ def _groups(profile: Profile, where: Environment, kublk: Path | None) -> list[Gr
                 job.command("DEVICE", part.backing.nr_bytes, profile.seconds)
             )
             key = (part.backing, names, job.queues, job.pin)
-            group = groups.setdefault(key, Group(part.backing, subjects, job.queues, job.pin, []))
+            empty = Group(part.backing, subjects, job.queues, job.pin, False, [])
+            group = groups.setdefault(key, empty)
             group.cells.append(cell)
+            group.is_double |= job.beside > 0
     return list(groups.values())
