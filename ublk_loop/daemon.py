@@ -72,7 +72,7 @@ class Daemon:
         self._devices: dict[int, Supervised] = {}
         self._sessions: set[_Session] = set()
         self._nr_booting = 0
-        self.nr_adding = 0
+        self.nr_under_way = 0
 
     def run(self) -> None:
         """Find the devices, add those of the configuration, and serve requests until stopped."""
@@ -146,7 +146,7 @@ class Daemon:
     def handle(self, request: protocol.Request, session: _Session) -> None:
         """Do what a client asks for, and have the session reply."""
         if isinstance(request, protocol.Run):
-            running = Running(self.loop, request, session.reply)
+            running = Running(self, request, session.reply)
             session.on_hang_up = running.abandon
         elif isinstance(request, protocol.Add):
             adding = Adding(self, request, session.reply)
@@ -187,7 +187,7 @@ class Daemon:
             session.reply(_refusal(DaemonError(errno.ENOEXEC, "daemon", hint)))
             return
         is_busy = any(device.phase != "SERVED" for device in self._devices.values())
-        reloads = not is_busy and not self.nr_adding
+        reloads = not is_busy and not self.nr_under_way
         session.reply(Reply(document={"reloads": reloads}))
         if reloads:
             self._execute(request.executable)
@@ -232,7 +232,7 @@ class Adding:
         self, daemon: Daemon, request: protocol.Add, done: Callable[[Reply], None]
     ) -> None:
         self._daemon = daemon
-        self._daemon.nr_adding += 1
+        self._daemon.nr_under_way += 1
         self._loop = daemon.loop
         self._reply = done
         self._two_lines = request.two_lines
@@ -250,7 +250,7 @@ class Adding:
             self._fail(self._launch, DaemonError(errno.EINTR, "add"))
 
     def _done(self, reply: Reply) -> None:
-        self._daemon.nr_adding -= 1
+        self._daemon.nr_under_way -= 1
         self._reply(reply)
 
     def _read(self) -> None:
@@ -322,13 +322,15 @@ class Running:
     """
 
     def __init__(
-        self, loop: events.Loop, request: protocol.Run, done: Callable[[Reply], None]
+        self, daemon: Daemon, request: protocol.Run, done: Callable[[Reply], None]
     ) -> None:
-        self._loop = loop
+        self._daemon = daemon
+        self._daemon.nr_under_way += 1
+        self._loop = daemon.loop
         self._done = done
         self._child, self._answer_fd = process.fork_to_answer(lambda: _run_command(request))
         self._answer = b""
-        loop.watch(self._answer_fd, self._read)
+        self._loop.watch(self._answer_fd, self._read)
 
     def abandon(self) -> None:
         """End the command: nobody waits for it any more."""
@@ -345,6 +347,7 @@ class Running:
 
     def _ended(self) -> None:
         let_go(self._loop, self._child)
+        self._daemon.nr_under_way -= 1
         try:
             reply = protocol.parse_reply(self._answer)
         except ValueError:
@@ -451,6 +454,9 @@ class _Session:
             return
         self._timer.cancel()
         self._loop.unwatch(self._connection.fileno())
+        # The client sees the end now, not once the last child is gone that was forked meanwhile.
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
         self._forget(self)
         hang_up, self.on_hang_up = self.on_hang_up, None

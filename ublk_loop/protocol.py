@@ -99,7 +99,7 @@ class Upgrade:
 class Reload:
     """Execute the daemon anew, by another Python: that of what is installed now.
 
-    The reply's document says whether it ``reloads``: not while a device is on its way.
+    The reply's document says whether it ``reloads``: not while a device or a command is on its way.
     """
 
     executable: str

@@ -114,10 +114,15 @@ def test_python_does_it_where_no_daemon_runs_or_may_be_used(ublk: Ublk) -> None:
     assert ublk("list", UBLK_LOOP_DAEMON="0") == (7, b"python: list\n", b"")
 
 
-@pytest.mark.parametrize("reply", [b'{"exit_code":-1}\n', b"-1 0 0\n", b""])
+@pytest.mark.parametrize("reply", [b'{"exit_code":-1}\n', b"-1 0 0\n"])
 def test_python_does_it_if_the_daemon_will_not(ublk: Ublk, reply: bytes) -> None:
     ublk.answer(reply)
     assert ublk("list") == (7, b"python: list\n", b"")
+
+
+def test_command_that_a_daemon_took_before_it_ended_is_not_done_twice(ublk: Ublk) -> None:
+    ublk.answer(b"")
+    assert ublk("add", "-t", "null") == (1, b"", b"ublk: daemon: it went away\n")
 
 
 def test_answer_that_was_cut_short_is_an_error(ublk: Ublk) -> None:

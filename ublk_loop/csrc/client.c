@@ -192,7 +192,8 @@ static bool send_all(int fd, const char *text)
 	return true;
 }
 
-/* All that comes, to be freed; its length or -errno.  Nothing came: 0. */
+/* All that comes, to be freed; its length or -errno.  It ended without having
+ * read the request: -ECONNRESET. */
 static ssize_t receive_all(int fd, char **data)
 {
 	size_t room = 65536, nr = 0;
@@ -212,8 +213,7 @@ static ssize_t receive_all(int fd, char **data)
 			room *= 2;
 	} while (got > 0 || (got < 0 && errno == EINTR));
 	if (got < 0)
-		/* It ended without having read the request. */
-		return errno == ECONNRESET && !nr ? 0 : -errno;
+		return -errno;
 	(*data)[nr] = '\0';
 	return nr;
 }
@@ -259,12 +259,14 @@ static int ask_daemon(const char *request)
 		/* It ended, and has not taken the request. */
 		return errno == EAGAIN ? fail("it takes no request") : -1;
 	nr_bytes = receive_all(fd, &reply);
-	if (nr_bytes == -EAGAIN)
+	if (nr_bytes > 0)
+		code = print_reply(reply, nr_bytes);
+	else if (nr_bytes == -ECONNRESET)
+		code = -1;
+	else if (nr_bytes == -EAGAIN)
 		code = fail("Connection timed out");
-	else if (nr_bytes < 0)
-		code = fail(strerror(-nr_bytes));
 	else
-		code = nr_bytes ? print_reply(reply, nr_bytes) : -1;
+		code = fail(nr_bytes ? strerror(-nr_bytes) : "it went away");
 	free(reply);
 	close(fd);
 	return code;
