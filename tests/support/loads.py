@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 DEV_BYTES = 16 << 20
+# For each way of a write: by the mapping, by chunks, by registered pages.
+SIZES = "512/20:4k/30:20k/20:64k/20:512k/10"
 
 
 class Load:
@@ -22,7 +24,7 @@ class Load:
         common = ["--direct=1", "--thread", "--time_based", "--runtime=86400", "--verify=crc32c"]
         common += [f"--filename={block_path}", "--allow_file_create=0", "--verify_fatal=1"]
         common += [f"--size={DEV_BYTES // 2}", "--verify_backlog=48", "--iodepth=16"]
-        jobs = ["--name=a", "--ioengine=libaio", "--rw=randwrite", "--bsrange=512-64k"]
+        jobs = ["--name=a", "--ioengine=libaio", "--rw=randwrite", f"--bssplit={SIZES}"]
         jobs += [f"--output={report}", "--output-format=json"]
         other = ["--name=b", "--ioengine=io_uring", "--rw=randrw", "--bs=4k", "--fsync=64"]
         other += [f"--offset={DEV_BYTES // 2}", *common]
