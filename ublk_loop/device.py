@@ -158,8 +158,10 @@ class Device:
             flags |= _shmem_flags(shared_files, data, target)
             flags |= _quiesce_flag(batch, flags, features)
             flags |= _batch_flag(batch, flags, queue_depth, features)
-            if flags & ~SUPPORTED_FLAGS:
-                raise ValueError(f"flags {flags & ~SUPPORTED_FLAGS:#x} are not supported")
+            copied = flags & (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG)
+            supported = SUPPORTED_FLAGS & ~(0 if copied else uapi.UBLK_F_SUPPORT_ZERO_COPY)
+            if flags & ~supported:
+                raise ValueError(f"flags {flags & ~supported:#x} are not supported")
             params = _params(target, max_io_buf_bytes, bool(flags & uapi.UBLK_F_AUTO_BUF_REG))
             info = control.add_dev(
                 DevInfo(
