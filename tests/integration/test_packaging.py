@@ -64,6 +64,13 @@ def test_the_wheel_holds_module_types_and_licence_and_no_c_source(wheel: Path) -
     assert not [name for name in names if "csrc" in name]
 
 
+def test_the_wheel_holds_the_command_as_a_program(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [name] = [name for name in archive.namelist() if name.endswith(".data/scripts/ublk")]
+    assert archive.read(name).startswith(b"\x7fELF")
+    assert archive.getinfo(name).external_attr >> 16 & 0o111
+
+
 def test_the_wheel_can_be_imported_from_where_it_was_unpacked(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import ublk_loop.control as c; print(c.__file__)"
