@@ -299,7 +299,7 @@ class Adding:
             return
         self._close(launch)
         # Waits for the server's end; the reply says that nothing is left, so it comes after that.
-        helper = process.fork(lambda: _take_back(launch))
+        helper = process.fork(lambda: _take_back(launch), keep=[launch.process.fileno()])
 
         def ended() -> None:
             let_go(self._loop, helper)
@@ -497,7 +497,7 @@ def _set_scheduler_apart(loop: events.Loop, dev_id: int) -> None:
         set_scheduler(dev_id)
         return 0
 
-    helper = process.fork(child)
+    helper = process.fork(child, keep=())
     loop.watch(helper.fileno(), lambda: let_go(loop, helper))
 
 

@@ -15,7 +15,7 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NoReturn
 
 _CLONE_NEWNS = 0x00020000
@@ -109,8 +109,11 @@ def hold_signals() -> set[signal.Signals]:
     return {signal.Signals(number) for number in held}
 
 
-def fork(child: Callable[[], int]) -> ServerProcess:
+def fork(child: Callable[[], int], keep: Collection[int] | None = None) -> ServerProcess:
     """Fork a process that runs ``child`` and exits with what it returns; 1 if it raises.
+
+    :param keep: the files that it keeps, besides stdin, stdout and stderr; None: all. With a copy
+        of the daemon's socket or lock it would stand in for a daemon that was killed meanwhile.
 
     The child never returns into the caller's code, whose atexit handlers and buffers are not its
     own, and a signal meant for it never runs a handler of its parent's.
@@ -119,16 +122,18 @@ def fork(child: Callable[[], int]) -> ServerProcess:
     try:
         pid = os.fork()
         if pid == 0:
-            _run_child(child)
+            _run_child(child, keep)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ServerProcess(pid, os.pidfd_open(pid))
 
 
-def _run_child(child: Callable[[], int]) -> NoReturn:
+def _run_child(child: Callable[[], int], keep: Collection[int] | None) -> NoReturn:
     status = 1
     try:
         signal.set_wakeup_fd(-1)
+        if keep is not None:
+            _close_all_but(keep)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
@@ -139,8 +144,19 @@ def _run_child(child: Callable[[], int]) -> NoReturn:
         os._exit(status)
 
 
+def _close_all_but(keep: Collection[int]) -> None:
+    first = 3
+    for fd in sorted(keep):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
 def fork_to_answer(function: Callable[[], bytes]) -> tuple[ServerProcess, int]:
-    """Fork a process that writes what ``function`` returns into a pipe; return the pipe's end."""
+    """Fork a process that writes what ``function`` returns into a pipe; return the pipe's end.
+
+    It has no other file of ours.
+    """
     answer_fd, child_fd = os.pipe2(os.O_CLOEXEC)
 
     def answer() -> int:
@@ -149,7 +165,7 @@ def fork_to_answer(function: Callable[[], bytes]) -> tuple[ServerProcess, int]:
             data = data[os.write(child_fd, data) :]
         return 0
 
-    child = fork(answer)
+    child = fork(answer, keep=[child_fd])
     os.close(child_fd)
     return child, answer_fd
 
