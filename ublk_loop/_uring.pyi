@@ -159,6 +159,7 @@ class ul_iothread(CData): ...
 class ul_iothread_config(CData):
     cdev_fd: int
     poll_us: int
+    watches: int
 
 @final
 class ul_hctx(CData): ...

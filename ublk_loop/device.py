@@ -64,6 +64,8 @@ RECOVERY_FLAGS = (
 # How long an hctx spins at most, where it may: long enough for a client that waits for one small
 # request, is woken in a virtual machine, and sends the next. Usually it spins for less.
 POLL_US = 1000
+# So many of the 128 inotify instances that a user has by default may be ours.
+NR_WATCHES = 32
 # A device's cap on concurrent reads. On a disk that seeks it is the one that the kernel's loop gave
 # itself in 2015, when such a disk drowned in readers: Linux kernel commit 4d4e41aef942 ("block:
 # loop: avoiding too many pending per work I/O"). Others serve many at once.
@@ -375,6 +377,7 @@ class Device:
             f"ublk-q{q_ids[0]}",
             target=native.handle,
             poll_us=self._choose_poll_us(affinity),
+            watches=not self.threads and self.dev_id < NR_WATCHES,
             affinity=affinity,
             on_prepared=self._sandbox.leave_fetching if self._sandbox else None,
             on_end=self._one_ended,

@@ -26,6 +26,7 @@ class IoThread:
     :param cdev_fd: /dev/ublkcN, borrowed.
     :param name: of the thread.
     :param poll_us: the longest spin before it sleeps; 0: none. Vain spins stop it for a while.
+    :param watches: take an inotify instance to hear of the backing file's size.
     :param affinity: CPUs it may run on; empty: where the scheduler wants.
     :param on_prepared: called on the thread once every tag is fetched.
     :param on_end: called on the thread as its last act.
@@ -39,6 +40,7 @@ class IoThread:
         *,
         target: ul_target,
         poll_us: int = 0,
+        watches: bool = False,
         affinity: Iterable[int] = (),
         on_prepared: Callable[[], None] | None = None,
         on_end: Callable[[], None] = lambda: None,
@@ -52,6 +54,7 @@ class IoThread:
         config = ffi.new("struct ul_iothread_config *")
         config.cdev_fd = cdev_fd
         config.poll_us = poll_us
+        config.watches = watches
         handle = ffi.new("struct ul_iothread **")
         check(lib.ul_iothread_create(config, target, handle), name)
         self._handle: ul_iothread | None = handle[0]

@@ -68,7 +68,7 @@ int ul_iothread_create(const struct ul_iothread_config *config,
 		free(t);
 		return -errno;
 	}
-	t->watch_fd = ul_target_has_map(target)
+	t->watch_fd = config->watches && ul_target_has_map(target)
 			      ? ul_watch_open(ul_target_fd(target))
 			      : -EOPNOTSUPP;
 	t->nr_unsure = UNSURE_BATCHES;

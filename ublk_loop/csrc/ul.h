@@ -210,6 +210,7 @@ struct ul_iothread;
 struct ul_iothread_config {
 	int32_t		cdev_fd;	/* /dev/ublkcN, borrowed */
 	uint32_t	poll_us;	/* longest spin before sleeping; 0: none */
+	uint32_t	watches;	/* the file's size, by inotify: see watch.c */
 };
 
 int ul_iothread_create(const struct ul_iothread_config *config,
