@@ -605,11 +605,12 @@ def _run(
 
 
 def _take_lock() -> int:
-    # Held for life: it makes the daemon the only one of its state folder.
+    # Held for life: it makes the daemon the only one of its state folder. A lock of POSIX's, which
+    # no child has a part in: one just forked would keep the next daemon out.
     path = f"{paths.state_dir()}/daemon.lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise DaemonError(errno.EBUSY, "daemon", "one runs already") from None

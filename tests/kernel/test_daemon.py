@@ -6,14 +6,17 @@ A daemon runs as a process of its own, with a state folder of the tests'.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,37 @@ def test_devices_are_served_on_when_the_daemon_is_killed_and_the_next_one_finds_
     daemon.start()
     manage.delete(added["dev_id"])
     wait_until(lambda: daemon.status()["devices"] == [])
+
+
+def test_daemon_starts_while_a_child_of_the_last_one_has_copies_of_its_files(
+    daemon: Daemon,
+) -> None:
+    # As each child has until it has closed them. Its socket was taken for a daemon, so that none
+    # was started, and requests of a device whose server had died too were never answered.
+    pid = daemon.pid
+    copies = _files_of(pid)
+    assert len(copies) > 3
+    daemon.kill()
+    sockets = [fd for fd in copies if stat.S_ISSOCK(os.fstat(fd).st_mode)]
+    with ThreadPoolExecutor(1) as threads:
+        started = threads.submit(daemon.start)
+        assert not wait([started], 1).done
+        for fd in sockets:
+            os.close(fd)
+        started.result(60)
+    for fd in set(copies) - set(sockets):  # the lock among them
+        os.close(fd)
+    assert daemon.pid != pid
+
+
+def _files_of(pid: int) -> list[int]:
+    pidfd_getfd = 438
+    pidfd = os.pidfd_open(pid)
+    try:
+        fds = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+        return [ctypes.CDLL(None).syscall(pidfd_getfd, pidfd, fd, 0) for fd in fds]
+    finally:
+        os.close(pidfd)
 
 
 def test_device_is_taken_back_when_its_client_hangs_up(
