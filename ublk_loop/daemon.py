@@ -49,6 +49,7 @@ from .errors import DaemonError, UblkLoopError
 from .launch import LAUNCH_TIMEOUT_S, Launch
 from .protocol import EXIT_DO_IT_YOURSELF, Reply
 from .serve import serve_new, serve_recovery, serve_upgrade
+from .standby import Standby
 from .supervise import Supervised, let_go
 
 MAX_SESSIONS = 512
@@ -66,6 +67,7 @@ class Daemon:
 
     def __init__(self, listener: socket.socket, config_path: str, boots: bool) -> None:
         self.loop = events.Loop()
+        self.standby = Standby(self.loop, _do_apart, _rehearse)
         self._listener = listener
         self._config_path = config_path
         self._boots = boots
@@ -83,8 +85,10 @@ class Daemon:
         self._start_watchdog()
         self._find_devices()
         self._boot()
+        self.standby.refill()
         self.loop.run()
         systemd.notify("STOPPING=1")
+        self.standby.close()
         self.loop.close()
 
     def stop(self) -> None:
@@ -196,6 +200,7 @@ class Daemon:
         # The same process, so the servers remain its children, and systemd sees nothing. Clients
         # that come meanwhile wait in the socket's queue.
         _log.info("daemon executes %s", executable)
+        self.standby.close()
         environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
         if log.says_priorities():
             environment["JOURNAL_STREAM"] = "1"
@@ -238,8 +243,7 @@ class Adding:
         self._two_lines = request.two_lines
         self._is_abandoned = False
         self._launch: Launch | None = None
-        # Reading the words writes to some MiB of click's objects, which no server should inherit.
-        self._reader, self._answer_fd = process.fork_to_answer(lambda: _read_words(request))
+        self._reader, self._answer_fd = daemon.standby.ask(request)
         self._answer = b""
         self._loop.watch(self._answer_fd, self._read)
 
@@ -252,6 +256,7 @@ class Adding:
     def _done(self, reply: Reply) -> None:
         self._daemon.nr_under_way -= 1
         self._reply(reply)
+        self._daemon.standby.refill()
 
     def _read(self) -> None:
         data = os.read(self._answer_fd, 65536)
@@ -286,9 +291,9 @@ class Adding:
         if is_live:
             self._close(launch)
             self._daemon.added(launch.dev_id, launch.process)
-            _set_scheduler_apart(self._loop, launch.dev_id)
             _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
             self._done(Reply(out=launch.live))
+            _set_scheduler_apart(self._loop, launch.dev_id)
 
     def _timed_out(self) -> None:
         assert self._launch is not None
@@ -328,7 +333,7 @@ class Running:
         self._daemon.nr_under_way += 1
         self._loop = daemon.loop
         self._done = done
-        self._child, self._answer_fd = process.fork_to_answer(lambda: _run_command(request))
+        self._child, self._answer_fd = daemon.standby.ask(request)
         self._answer = b""
         self._loop.watch(self._answer_fd, self._read)
 
@@ -353,6 +358,7 @@ class Running:
         except ValueError:
             reply = Reply(1, err="ublk: the command died; the daemon's log says more\n")
         self._done(reply)
+        self._daemon.standby.refill()
 
 
 class _Session:
@@ -470,6 +476,18 @@ def _as_add(request: protocol.Run) -> protocol.Request:
         return request
     two_lines = client.two_lines(request.environment)
     return protocol.Add(request.words[1:], request.cwd, two_lines)
+
+
+def _do_apart(request: protocol.Request) -> bytes:
+    # In a child: what writes to much memory of Python's, none of which a server should inherit.
+    if isinstance(request, protocol.Add):
+        return _read_words(request)
+    assert isinstance(request, protocol.Run)
+    return _run_command(request)
+
+
+def _rehearse() -> None:
+    _read_words(protocol.Add(("-t", "null")))
 
 
 def _run_command(request: protocol.Run) -> bytes:

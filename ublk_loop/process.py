@@ -152,24 +152,6 @@ def _close_all_but(keep: Collection[int]) -> None:
     os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
-def fork_to_answer(function: Callable[[], bytes]) -> tuple[ServerProcess, int]:
-    """Fork a process that writes what ``function`` returns into a pipe; return the pipe's end.
-
-    It has no other file of ours.
-    """
-    answer_fd, child_fd = os.pipe2(os.O_CLOEXEC)
-
-    def answer() -> int:
-        data = function()
-        while data:
-            data = data[os.write(child_fd, data) :]
-        return 0
-
-    child = fork(answer, keep=[child_fd])
-    os.close(child_fd)
-    return child, answer_fd
-
-
 def protect_from_reclaim() -> None:
     """Keep memory reclaim from waiting for itself: lock our memory, be an IO_FLUSHER, survive OOM.
 

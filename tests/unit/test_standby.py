@@ -1,0 +1,111 @@
+"""The child that a daemon keeps ready."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from ublk_loop import events, protocol
+from ublk_loop.standby import Standby
+
+REHEARSED = b"rehearsed "
+
+
+class _Parent:
+    """A loop with a Standby, whose answers name the child and say whether it has rehearsed."""
+
+    def __init__(self) -> None:
+        self.loop = events.Loop()
+        self.standby = Standby(self.loop, self._do, self._rehearse)
+        self._said = b""
+
+    def _rehearse(self) -> None:
+        self._said = REHEARSED
+
+    def _do(self, request: protocol.Request) -> bytes:
+        assert isinstance(request, protocol.Run)
+        return self._said + f"{os.getpid()} {request.words[0]}".encode()
+
+    def ask(self, word: str) -> tuple[int, bytes]:
+        """Return the child's pid and its answer."""
+        process, answer_fd = self.standby.ask(protocol.Run("1", (word,), "/", {}))
+        with open(answer_fd, "rb") as answer, process:
+            data = answer.read()
+            os.waitpid(process.pid, 0)
+            return process.pid, data
+
+    def turn(self) -> None:
+        """Let the loop do what is due."""
+        self.loop.call_later(0.2, self.loop.stop)
+        self.loop.run()
+
+
+@pytest.fixture
+def parent() -> Iterator[_Parent]:
+    parent = _Parent()
+    yield parent
+    parent.standby.close()
+    parent.loop.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def test_child_that_waits_does_one_request_and_the_next_child_does_the_next(
+    parent: _Parent,
+) -> None:
+    parent.standby.refill()
+    parent.standby.refill()
+    [waiting] = _children()
+    assert parent.ask("first") == (waiting, REHEARSED + f"{waiting} first".encode())
+    parent.standby.refill()
+    [waiting] = _children()
+    assert parent.ask("second") == (waiting, REHEARSED + f"{waiting} second".encode())
+
+
+def test_request_is_done_though_no_child_waits_or_it_is_too_large_for_a_pipe(
+    parent: _Parent,
+) -> None:
+    pid, answer = parent.ask("none")
+    assert answer == f"{pid} none".encode()
+    parent.standby.refill()
+    [waiting] = _children()
+    pid, answer = parent.ask("x" * select.PIPE_BUF)
+    assert pid != waiting
+    assert answer.startswith(f"{pid} x".encode())
+    assert _children() == [waiting]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_request_is_done_though_the_child_that_waited_was_killed(
+    parent: _Parent, seen: bool
+) -> None:
+    parent.standby.refill()
+    [waiting] = _children()
+    os.kill(waiting, signal.SIGKILL)
+    os.waitid(os.P_PID, waiting, os.WEXITED | os.WNOWAIT)
+    if seen:
+        parent.turn()
+        assert _children() == []
+    pid, answer = parent.ask("word")
+    assert pid != waiting
+    assert answer == f"{pid} word".encode()
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(waiting, 0)
+
+
+def test_child_that_waits_ends_with_its_parent(parent: _Parent) -> None:
+    parent.standby.refill()
+    [waiting] = _children()
+    parent.standby.close()
+    assert _children() == []
+    assert not os.path.exists(f"/proc/{waiting}")

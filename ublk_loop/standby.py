@@ -1,0 +1,116 @@
+"""A child of the daemon's, forked before there is anything to do for it.
+
+    Standby   keeps one child ready; ask() hands it a request and returns where the answer comes
+
+What Python runs it also writes to: a fresh child copies some MiB, a page at a time, which takes
+longer than what it was asked for. So one child has rehearsed, and waits on a pipe. It does one
+request and ends: nothing of one command is left for the next. It ends too when the daemon does.
+
+Runs on the daemon's loop; never blocks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Callable
+
+from . import protocol
+from .events import Loop
+from .process import ServerProcess, fork
+from .protocol import Request
+from .supervise import let_go
+
+
+class Standby:
+    """Does requests in children, each in one of its own.
+
+    :param do: what a child does with a request; it returns the answer.
+    :param rehearse: what a child runs while it waits for a request.
+    """
+
+    def __init__(
+        self, loop: Loop, do: Callable[[Request], bytes], rehearse: Callable[[], object]
+    ) -> None:
+        self._loop = loop
+        self._do = do
+        self._rehearse = rehearse
+        self._child: _Child | None = None
+
+    def refill(self) -> None:
+        """Fork a child for the next request, unless one waits."""
+        if self._child is None:
+            self._child = _Child(self._wait_and_do)
+            self._loop.watch(self._child.process.fileno(), self._lost)
+
+    def ask(self, request: Request) -> tuple[ServerProcess, int]:
+        """Have a child do ``request``; return it, and the pipe from which its answer comes."""
+        line = protocol.pack_request(request)
+        # More could block; and one that was killed meanwhile takes nothing.
+        if self._child is None or len(line) > select.PIPE_BUF or not self._child.tell(line):
+            child = _Child(lambda request_fd, answer_fd: _answer(answer_fd, self._do(request)))
+        else:
+            child, self._child = self._child, None
+            self._loop.unwatch(child.process.fileno())
+        child.close_request()
+        return child.process, child.answer_fd
+
+    def close(self) -> None:
+        """Let the child go that waits, and see it end."""
+        child = self._lost_child()
+        if child is not None and child.process.wait(5):
+            let_go(self._loop, child.process)
+
+    def _lost(self) -> None:
+        child = self._lost_child()
+        assert child is not None
+        let_go(self._loop, child.process)
+
+    def _lost_child(self) -> _Child | None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.close_request()
+            os.close(child.answer_fd)
+        return child
+
+    def _wait_and_do(self, request_fd: int, answer_fd: int) -> None:
+        self._rehearse()
+        line = os.read(request_fd, select.PIPE_BUF)
+        if line:  # else the daemon is gone, or has no use for us
+            _answer(answer_fd, self._do(protocol.parse_request(line)))
+
+
+class _Child:
+    """A child with a pipe to it and one from it: ``main`` gets its ends of both."""
+
+    def __init__(self, main: Callable[[int, int], None]) -> None:
+        their_request_fd, self._request_fd = os.pipe2(os.O_CLOEXEC)
+        self.answer_fd, their_answer_fd = os.pipe2(os.O_CLOEXEC)
+
+        def child_main() -> int:
+            main(their_request_fd, their_answer_fd)
+            return 0
+
+        self.process = fork(child_main, keep=[their_request_fd, their_answer_fd])
+        os.close(their_request_fd)
+        os.close(their_answer_fd)
+
+    def tell(self, line: bytes) -> bool:
+        """Write ``line``, of at most PIPE_BUF bytes, which it reads at once; False: it is gone."""
+        with contextlib.suppress(BrokenPipeError):
+            return os.write(self._request_fd, line) == len(line)
+        return False
+
+    def close_request(self) -> None:
+        if self._request_fd >= 0:
+            os.close(self._request_fd)
+            self._request_fd = -1
+
+
+def _answer(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+__all__ = ["Standby"]
