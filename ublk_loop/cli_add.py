@@ -388,4 +388,4 @@ def _serve_here(request: Request, as_json: bool) -> None:
         sys.stdout.flush()
 
     show = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
-    server.serve(request, show, lambda dev_id, sysfs_ino: None, on_live)
+    server.serve(lambda: request, show, lambda dev_id, sysfs_ino: None, on_live)

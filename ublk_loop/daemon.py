@@ -41,7 +41,6 @@ from . import (
     paths,
     process,
     protocol,
-    server,
     state,
     systemd,
 )
@@ -240,69 +239,45 @@ class Adding:
         self._daemon.nr_under_way += 1
         self._loop = daemon.loop
         self._reply = done
-        self._two_lines = request.two_lines
-        self._is_abandoned = False
-        self._launch: Launch | None = None
-        self._reader, self._answer_fd = daemon.standby.ask(request)
-        self._answer = b""
-        self._loop.watch(self._answer_fd, self._read)
+        reader, answer_fd = daemon.standby.ask(request)
+        serve = serve_new(two_lines=request.two_lines)
+        self._launch = Launch.fork("add", serve, stdin_fd=answer_fd)
+        os.close(answer_fd)
+        self._loop.watch(reader.fileno(), lambda: let_go(self._loop, reader))
+        self._loop.watch(self._launch.report_fd, self._reported)
+        self._timer = self._loop.call_later(LAUNCH_TIMEOUT_S, self._timed_out)
 
     def abandon(self) -> None:
         """Take the device back: nobody waits for it any more."""
-        self._is_abandoned = True
-        if self._launch is not None:
-            self._fail(self._launch, DaemonError(errno.EINTR, "add"))
+        self._fail(DaemonError(errno.EINTR, "add"))
 
     def _done(self, reply: Reply) -> None:
         self._daemon.nr_under_way -= 1
         self._reply(reply)
         self._daemon.standby.refill()
 
-    def _read(self) -> None:
-        data = os.read(self._answer_fd, 65536)
-        self._answer += data
-        if data:
-            return
-        self._loop.unwatch(self._answer_fd)
-        os.close(self._answer_fd)
-        self._reader.wait(5)
-        let_go(self._loop, self._reader)
-        try:
-            if self._is_abandoned:
-                raise DaemonError(errno.EINTR, "add")
-            dev_id, options, spec, as_json = protocol.parse_wish(self._answer)
-        except (OSError, ValueError) as error:
-            self._done(_refusal(error))
-            return
-        wish = server.Request(options, spec, dev_id=dev_id)
-        serve = serve_new(wish, as_json=as_json, two_lines=self._two_lines)
-        self._launch = Launch.fork(wish.what, serve)
-        self._timer = self._loop.call_later(LAUNCH_TIMEOUT_S, self._timed_out)
-        self._loop.watch(self._launch.report_fd, self._reported)
-
     def _reported(self) -> None:
         launch = self._launch
-        assert launch is not None
         try:
             is_live = launch.hear()
         except (OSError, ValueError) as error:
-            self._fail(launch, error)
+            self._fail(error)
             return
         if is_live:
-            self._close(launch)
+            self._close()
             self._daemon.added(launch.dev_id, launch.process)
             _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
             self._done(Reply(out=launch.live))
             _set_scheduler_apart(self._loop, launch.dev_id)
 
     def _timed_out(self) -> None:
-        assert self._launch is not None
-        self._fail(self._launch, self._launch.timed_out())
+        self._fail(self._launch.timed_out())
 
-    def _fail(self, launch: Launch, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
+        launch = self._launch
         if launch.report_fd < 0:
             return
-        self._close(launch)
+        self._close()
         # Waits for the server's end; the reply says that nothing is left, so it comes after that.
         helper = process.fork(lambda: _take_back(launch), keep=[launch.process.fileno()])
 
@@ -314,10 +289,10 @@ class Adding:
 
         self._loop.watch(helper.fileno(), ended)
 
-    def _close(self, launch: Launch) -> None:
+    def _close(self) -> None:
         self._timer.cancel()
-        self._loop.unwatch(launch.report_fd)
-        launch.close_pipes()
+        self._loop.unwatch(self._launch.report_fd)
+        self._launch.close_pipes()
 
 
 class Running:

@@ -51,11 +51,25 @@ class Launch:
         self._status: int | None = None
 
     @classmethod
-    def fork(cls, what: str, serve: server.Serve, *, is_recovery: bool = False) -> Launch:
-        """Fork a server, which runs ``serve`` and never returns here."""
+    def fork(
+        cls,
+        what: str,
+        serve: server.Serve,
+        *,
+        is_recovery: bool = False,
+        stdin_fd: int | None = None,
+    ) -> Launch:
+        """Fork a server, which runs ``serve`` and never returns here.
+
+        :param stdin_fd: its stdin, in place of /dev/null.
+        """
         report_fd, server_fd = os.pipe2(os.O_CLOEXEC)
         words_fd = os.memfd_create("ublk-log", os.MFD_CLOEXEC)
-        child = fork(lambda: server.server_main(serve, what, is_recovery, server_fd, words_fd))
+
+        def main() -> int:
+            return server.server_main(serve, what, is_recovery, server_fd, words_fd, stdin_fd)
+
+        child = fork(main)
         os.close(server_fd)
         return cls(what, is_recovery, child, report_fd, words_fd)
 
@@ -150,7 +164,7 @@ def launch(
     """
 
     def serve(on_added: server.OnAdded, on_live: server.OnLive) -> None:
-        server.serve(request, describe, on_added, on_live)
+        server.serve(lambda: request, describe, on_added, on_live)
 
     return launch_server(request.what, serve, is_recovery=request.recover, timeout_s=timeout_s)
 

@@ -9,22 +9,34 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import listing
+from . import listing, protocol
 
 if TYPE_CHECKING:
     from .control import DevInfo
     from .params import Params
-    from .server import OnAdded, OnLive, Request, Serve
+    from .server import OnAdded, OnLive, Serve
     from .state import DeviceState
 
 
-def serve_new(request: Request, *, as_json: bool, two_lines: bool) -> Serve:
-    """Return what a server runs that the daemon forks for ``ublk add``."""
+def serve_new(*, two_lines: bool) -> Serve:
+    """Return what a server runs that the daemon forks for ``ublk add``.
+
+    What to serve comes on its stdin (:func:`.protocol.parse_wish`): the words are read meanwhile.
+    """
     from . import server
 
+    as_json = False
+
+    def find_request() -> server.Request:
+        nonlocal as_json
+        dev_id, options, spec, as_json = protocol.parse_wish(server.read_stdin())
+        return server.Request(options, spec, dev_id=dev_id)
+
+    def show(*live: Any) -> str:
+        return listing.shown(*live, as_json=as_json, two_lines=two_lines)
+
     def serve(on_added: OnAdded, on_live: OnLive) -> None:
-        show = partial(listing.shown, as_json=as_json, two_lines=two_lines)
-        server.serve(request, show, on_added, on_live)
+        server.serve(find_request, show, on_added, on_live)
 
     return serve
 
@@ -36,7 +48,7 @@ def serve_recovery(dev_id: int, *, as_json: bool = False, two_lines: bool = Fals
     def serve(on_added: OnAdded, on_live: OnLive) -> None:
         request = server.Request.recovery(manage.recoverable(dev_id))
         show = partial(listing.shown, as_json=as_json, two_lines=two_lines)
-        server.serve(request, show, on_added, on_live)
+        server.serve(lambda: request, show, on_added, on_live)
 
     return serve
 
@@ -59,6 +71,6 @@ def serve_upgrade(dev_id: int) -> Serve:
             }
 
         request = server.Request.recovery(known, from_dead=False)
-        server.serve(request, describe, on_added, on_live)
+        server.serve(lambda: request, describe, on_added, on_live)
 
     return serve

@@ -93,7 +93,7 @@ def check_flags(flags: int, supported: int, features: int) -> None:
 
 
 def serve(
-    request: Request,
+    find_request: Callable[[], Request],
     describe: Describe,
     on_added: Callable[[int, int], None],
     on_live: Callable[[int, Any], None],
@@ -103,34 +103,36 @@ def serve(
     LEAVE_SIGNAL ends the server, and the device waits for another one. The caller sees to the
     device's scheduler (:func:`.device.set_scheduler`) once it is live.
 
+    :param find_request: returns what to serve; called when all is done that does not depend on it.
     :param on_added: called with the dev_id and the inode in sysfs once the device exists.
     :param on_live: called with the dev_id and what ``describe`` returned. If it raises, the device
         is deleted.
     :raises UblkLoopError: what went wrong; before the device was live, it has been deleted again.
     """
-    with _Events() as events:
+    from .control import Control
+
+    with contextlib.ExitStack() as stack:
+        events = stack.enter_context(_Events())
+        process.protect_from_reclaim()
+        control = stack.enter_context(Control())
+        request = find_request()
         target = _wait_for_target(request)
         process.protect_from_mounts(keep=[state.state_dir()])
-        process.protect_from_reclaim()
-        from .control import Control
-
         sandbox = Sandbox(keep=_needed_capabilities(request.spec))
-        with Control() as control, contextlib.closing(sandbox):
-
-            def start() -> tuple[Device, DeviceState, Params]:
-                return _start(control, target, request, sandbox, on_added)
-
-            device, known, params = sandbox.run_apart(start)
-            try:
-                if events.stop_requested:
-                    raise DaemonError(errno.EINTR, request.what)
-                on_live(device.dev_id, describe(device.info, params, known))
-            except BaseException:
-                _give_up(device, request)
-                raise
-            _log.info("dev %d is live", device.dev_id)
-            sandbox.confine_main(control.keep_rights)
-            _serve_until_end(control, device, events)
+        stack.callback(sandbox.close)
+        device, known, params = sandbox.run_apart(
+            lambda: _start(control, target, request, sandbox, on_added)
+        )
+        try:
+            if events.stop_requested:
+                raise DaemonError(errno.EINTR, request.what)
+            on_live(device.dev_id, describe(device.info, params, known))
+        except BaseException:
+            _give_up(device, request)
+            raise
+        _log.info("dev %d is live", device.dev_id)
+        sandbox.confine_main(control.keep_rights)
+        _serve_until_end(control, device, events)
 
 
 def _wait_for_target(request: Request) -> Target:
@@ -369,15 +371,31 @@ class _Events:
 # ---- the server as a daemon ----
 
 
-def server_main(serve: Serve, what: str, is_recovery: bool, report_fd: int, words_fd: int) -> int:
+def server_main(
+    serve: Serve,
+    what: str,
+    is_recovery: bool,
+    report_fd: int,
+    words_fd: int,
+    stdin_fd: int | None = None,
+) -> int:
     """Be the server that was just forked: ``serve``, report to the parent, return the exit code.
 
     :param report_fd: where the reports go.
     :param words_fd: where stderr goes until the device is live.
+    :param stdin_fd: what becomes stdin; None: /dev/null.
     :param is_recovery: go on if the parent is gone: nobody else serves the device.
     """
-    report_fd = _detach(report_fd, words_fd)
+    report_fd = _detach(report_fd, words_fd, stdin_fd)
     return _serve_and_report(serve, what, is_recovery, report_fd)
+
+
+def read_stdin() -> bytes:
+    """Return what a forked server was given on stdin, which is /dev/null from then on."""
+    with open(0, "rb", closefd=False) as stdin, open(os.devnull, "rb") as null:
+        data = stdin.read()
+        os.dup2(null.fileno(), 0)
+    return data
 
 
 def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int) -> int:
@@ -418,15 +436,16 @@ def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int
     return 1
 
 
-def _detach(report_fd: int, words_fd: int) -> int:
+def _detach(report_fd: int, words_fd: int, stdin_fd: int | None) -> int:
     """Leave the caller's session, files and folder; return the report's new fd."""
     os.setsid()
     os.chdir("/")
     os.umask(0o077)
-    null_fd = os.open(os.devnull, os.O_RDWR)
+    if stdin_fd is None:
+        stdin_fd = os.open(os.devnull, os.O_RDWR)
     # Whatever else the caller had open (locks, pipes) must not live as long as the device. First
     # out of the way: any of these may be 0 to 3 itself.
-    ours = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (null_fd, words_fd, words_fd, report_fd)]
+    ours = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (stdin_fd, words_fd, words_fd, report_fd)]
     for target_fd, fd in enumerate(ours):
         os.dup2(fd, target_fd)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))

@@ -53,9 +53,9 @@ def _no_child_is_left() -> bool:
 
 
 def test_launch_returns_what_the_server_says_once_it_is_live(launch: Callable[..., Any]) -> None:
-    def serve(request: Request, describe: object, on_added: Any, on_live: Any) -> None:
+    def serve(find_request: Any, describe: object, on_added: Any, on_live: Any) -> None:
         on_added(5, 0)
-        on_live(5, {"pid": os.getpid(), "request": request.spec.type})
+        on_live(5, {"pid": os.getpid(), "request": find_request().spec.type})
 
     live = launch(serve)
     assert live["request"] == "null"
