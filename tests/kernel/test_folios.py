@@ -62,6 +62,45 @@ def test_region_that_is_written_a_little_at_a_time_gets_small_folios_and_keeps_i
 
 
 @pytest.fixture
+def khugepaged(wait_until):
+    """A function that has khugepaged look at all memory of all processes."""
+    knobs = Path("/sys/kernel/mm/transparent_hugepage")
+    wanted = {
+        "enabled": "always",
+        "khugepaged/scan_sleep_millisecs": "1",
+        "khugepaged/pages_to_scan": "100000",
+    }
+    before = {name: (knobs / name).read_text() for name in wanted}
+    before["enabled"] = before["enabled"].partition("[")[2].partition("]")[0]
+    full_scans = knobs / "khugepaged/full_scans"
+
+    def scan() -> None:
+        wanted_scans = int(full_scans.read_text()) + 3  # of which one began after now
+        wait_until(lambda: int(full_scans.read_text()) >= wanted_scans, timeout_s=60)
+
+    for name, value in wanted.items():
+        (knobs / name).write_text(value)
+    yield scan
+    for name, value in before.items():
+        (knobs / name).write_text(value)
+
+
+def test_small_folios_stay_small_when_khugepaged_sees_the_mapping(
+    device, backing_file, ext4_folder, open_block, pattern, khugepaged
+) -> None:
+    """It made one huge folio of a split region, all of which each write then dirtied."""
+    path = backing_file(4 * REGION, pattern(4 * REGION), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        for turn in range(2 * DUE):
+            assert client.write(turn % 500 * PAGE, pattern(PAGE, seed=turn)) == PAGE
+        assert client.read(0, REGION)
+        client.flush()
+        khugepaged()
+    assert _nr_pages_in_large_folios(path, 0, REGION) <= 16
+
+
+@pytest.fixture
 def failing(backing_file, attach_loop, mounted, run, tmp_path):
     """``folder, fail``: ext4 on a disk that refuses writes after ``fail(True)``."""
     name = f"ublk-loop-failing-{os.getpid()}"

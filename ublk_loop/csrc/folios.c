@@ -21,6 +21,10 @@
  * then on, until the page is written back (3.5k, 0.5k and 2.8k; the first time in a
  * large folio 76k).  So a split region is written so.
  *
+ * khugepaged would put them together again, as it does with the pages of any
+ * mapping (where transparent huge pages are `always`): each of our writes then
+ * dirtied, and each flush wrote, 2 MiB.  So the mapping refuses huge pages.
+ *
  * The write-back is not by the target's descriptor: that would take note of an
  * error, and the next fdatasync(), which has to report it, would not.
  */
@@ -92,6 +96,7 @@ int ul_folios_create(struct ul_map *map, int sync_fd, uint64_t offset_bytes,
 	f->sync_fd = sync_fd;
 	f->offset_bytes = offset_bytes;
 	f->nr_bytes = nr_bytes;
+	ul_map_refuse_huge(map);
 	*folios = f;
 	return 0;
 }

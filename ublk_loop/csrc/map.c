@@ -298,3 +298,8 @@ void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 					  ~(1ULL << page % WORD_BITS),
 					  memory_order_relaxed);
 }
+
+void ul_map_refuse_huge(struct ul_map *m)
+{
+	madvise(m->bytes, m->lead_bytes + m->nr_bytes, MADV_NOHUGEPAGE);
+}

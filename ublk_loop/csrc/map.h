@@ -27,6 +27,8 @@ unsigned int ul_map_nr_forgets(const struct ul_map *map);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that
  * does not block SIGBUS. */
 bool ul_map_copy(void *to, const void *from, uint64_t nr_bytes);
+/* Have khugepaged leave the pages as small as they are. */
+void ul_map_refuse_huge(struct ul_map *map);
 /* A range was punched or zeroed: look again before the next copy. */
 void ul_map_forget(struct ul_map *map, uint64_t offset_bytes,
 		   uint64_t nr_bytes);
