@@ -67,6 +67,14 @@ def test_report_of_fio_gives_figures_of_the_direction_that_ran() -> None:
     assert sample == Sample(5.0, 20480, {"99.9": 3.0})
 
 
+def test_job_beside_another_device_is_a_second_job_of_the_same_fio() -> None:
+    words = Job("read", beside=8).command("/dev/x", 1 << 20, 1, other_path="/dev/y")
+    assert words[words.index("--filename=/dev/x") :].count("--filename=/dev/y") == 1
+    ways = [{"error": 0, "read": {"iops": iops, "bw_bytes": 0, "clat_ns": {}}} for iops in (5, 7)]
+    sample = parse_report(json.dumps({"jobs": ways}), "read")
+    assert (sample.iops, sample.beside_iops) == (5, 7)
+
+
 def test_report_of_fio_raises_when_fio_met_an_error() -> None:
     with pytest.raises(CompareError, match="error 5"):
         parse_report(json.dumps({"jobs": [{"error": 5}]}), "read")

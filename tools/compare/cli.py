@@ -28,8 +28,8 @@ PIECE_S = 220.0
 RAMP_S = 0.1
 PIECE_NAMES = "\n".join(f"  {piece.name:<11} {piece.about}" for piece in PIECES)
 EPILOG = f"""\b
-Profiles: quick (ours beside /dev/loop, the four patterns), full (all that follow, which makes the
-table of goals), or any of:
+Profiles: quick (ours beside /dev/loop, the four patterns), fairness (two devices of one kind at
+once), full (all that follow, which makes the table of goals), or any of:
 {PIECE_NAMES}
 
 \b

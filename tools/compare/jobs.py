@@ -5,21 +5,16 @@ In: a path to run on. Out: a Sample. Never decides how often or in which order.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shlex
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import CompareError, run
 
 FIO_GRACE_S = 120.0
-LOAD_S = 600.0  # longer than any run
 IDLE_S = 2.0  # how long a device is left alone before and while its wake-ups are counted
 PERCENTILES = ("50", "90", "99", "99.9")
 IDLE = "idle"
@@ -33,8 +28,8 @@ class Job:
     :param queues: hardware queues of the device, where the subject can choose.
     :param pin: ``server``: fio and the server's threads on CPU 0; ``all``: the kernel's unbound
         workqueues too, on which /dev/loop works.
-    :param beside: meanwhile so many requests of the same kind are in flight on a second device of
-        the same subject.
+    :param beside: as the second job of the same fio so many requests of the same kind are in flight
+        on a second device of the same subject.
     """
 
     rw: str
@@ -57,21 +52,27 @@ class Job:
         parts += {"": [], "all": ["one CPU"], "server": ["one CPU, kworkers free"]}[self.pin]
         return " ".join(parts)
 
-    def command(self, path: str, nr_bytes: int, seconds: float, ramp_s: float = 0) -> list[str]:
+    def command(
+        self, path: str, nr_bytes: int, seconds: float, ramp_s: float = 0, other_path: str = ""
+    ) -> list[str]:
         """Return the fio command line; ``path`` is used up to ``nr_bytes``.
 
         :param ramp_s: how long to run before it counts.
+        :param other_path: the second device, if something is to go on beside.
         """
         pinned = ["taskset", "-c", "0"] if self.pin else []
+        beside = [
+            "--name=beside",
+            "--new_group",
+            f"--filename={other_path}",
+            f"--iodepth={self.beside}",
+        ]
         return [
             *pinned,
             "fio",
-            "--name=compare",
-            f"--filename={path}",
             f"--rw={self.rw}",
             f"--bs={self.bs}",
             f"--size={nr_bytes}",
-            f"--iodepth={self.iodepth}",
             f"--numjobs={self.numjobs}",
             f"--iodepth_batch_submit={self.batch}",
             "--iodepth_batch_complete_min=1",
@@ -86,17 +87,25 @@ class Job:
             "--group_reporting",
             f"--percentile_list={':'.join(PERCENTILES)}",
             "--output-format=json",
+            "--name=compare",
+            f"--filename={path}",
+            f"--iodepth={self.iodepth}",
+            *(beside if self.beside else []),
         ]
 
 
 @dataclass
 class Sample:
-    """What one run gave. ``wakeups`` is the only figure of an idle one, a second."""
+    """What one run gave. ``wakeups`` is the only figure of an idle one, a second.
+
+    ``beside_iops``: of the job on the second device.
+    """
 
     iops: float = 0.0
     bandwidth: float = 0.0  # bytes a second
     latency_us: dict[str, float] = field(default_factory=dict)  # by percentile
     wakeups: float | None = None
+    beside_iops: float | None = None
 
 
 def parse_job(text: str) -> Job:
@@ -113,43 +122,31 @@ def parse_report(output: str, rw: str) -> Sample:
 
     :raises CompareError: if fio met an error.
     """
-    report = json.loads(output[output.index("{") :])["jobs"][0]
-    if report["error"]:
-        raise CompareError(f"fio met error {report['error']}")
-    way = report["read" if "read" in rw else "write"]
+    reports = json.loads(output[output.index("{") :])["jobs"]
+    for report in reports:
+        if report["error"]:
+            raise CompareError(f"fio met error {report['error']}")
+    way, *beside = [report["read" if "read" in rw else "write"] for report in reports]
     found: dict[str, Any] = way["clat_ns"].get("percentile", {})
     latency = {f"{float(key):g}": value / 1000 for key, value in found.items()}
-    return Sample(way["iops"], way["bw_bytes"], latency)
+    sample = Sample(way["iops"], way["bw_bytes"], latency)
+    for other in beside:
+        sample.beside_iops = other["iops"]
+    return sample
 
 
-def run_fio(job: Job, path: str, nr_bytes: int, seconds: float, ramp_s: float = 0) -> Sample:
+def run_fio(
+    job: Job,
+    path: str,
+    nr_bytes: int,
+    seconds: float,
+    ramp_s: float = 0,
+    other_path: str = "",
+) -> Sample:
     """Run fio once."""
-    command = job.command(path, nr_bytes, seconds, ramp_s)
+    command = job.command(path, nr_bytes, seconds, ramp_s, other_path)
     output = run(*command, timeout_s=seconds + FIO_GRACE_S)
     return parse_report(output, job.rw)
-
-
-@contextlib.contextmanager
-def load(job: Job, path: str, nr_bytes: int) -> Iterator[None]:
-    """Keep ``job.beside`` requests in flight on ``path`` meanwhile."""
-    other = replace(job, iodepth=job.beside, beside=0)
-    command = other.command(path, nr_bytes, LOAD_S)
-    before = _nr_ios(path)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as fio:
-        try:
-            deadline = time.monotonic() + FIO_GRACE_S
-            while _nr_ios(path) < before + 2 * job.beside:
-                if fio.poll() is not None or time.monotonic() > deadline:
-                    raise CompareError(f"fio does not run: {shlex.join(command)}")
-                time.sleep(0.02)
-            yield
-        finally:
-            fio.terminate()
-
-
-def _nr_ios(path: str) -> int:
-    fields = Path(f"/sys/block/{Path(path).name}/stat").read_text().split()
-    return int(fields[0]) + int(fields[4])
 
 
 def count_wakeups(server_pid: int) -> Sample:

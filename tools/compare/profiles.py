@@ -165,7 +165,7 @@ PIECES = (
 )
 FAIRNESS = Profile(
     "fairness",
-    "one request at a time, alone and beside a busy device of the same kind",
+    "a job alone, and beside a busy device of the same kind",
     (
         _part(
             TMPFS,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .backings import NONE, Backing, drop_caches, fill, no_writeback
 from .errors import run
-from .jobs import IDLE, Job, Sample, count_wakeups, load, run_fio
+from .jobs import IDLE, Job, Sample, count_wakeups, run_fio
 from .profiles import Profile
 from .progress import Progress
 from .results import Cell, Environment, Report, today
@@ -129,11 +129,8 @@ class Runner:
         if backing.is_cold:
             drop_caches()
         nr_bytes = NULL_BYTES if backing.name == NONE else backing.nr_bytes
-        with contextlib.ExitStack() as stack:
-            if job.beside:
-                assert other is not None
-                stack.enter_context(load(job, other.path, nr_bytes))
-            return run_fio(job, device.path, nr_bytes, seconds, self.profile.ramp_s)
+        other_path = other.path if job.beside and other else ""
+        return run_fio(job, device.path, nr_bytes, seconds, self.profile.ramp_s, other_path)
 
     def _tell(self, what: str) -> None:
         expected = max(self._nr_expected, self._nr_done)
@@ -174,7 +171,9 @@ def _groups(profile: Profile, where: Environment, kublk: Path | None) -> list[Gr
         for job in part.jobs:
             cell = Cell(profile.name, part.backing.name, job, where, names)
             cell.fio_command = shlex.join(
-                job.command("DEVICE", part.backing.nr_bytes, profile.seconds)
+                job.command(
+                    "DEVICE", part.backing.nr_bytes, profile.seconds, other_path="OTHER_DEVICE"
+                )
             )
             key = (part.backing, names, job.queues, job.pin)
             empty = Group(part.backing, subjects, job.queues, job.pin, False, [])

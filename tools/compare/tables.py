@@ -142,6 +142,9 @@ def _figure(cell: Cell, name: str) -> str:
     if middle is None:
         return "not measured"
     text = f"{middle.median / 1000:.1f}k"
+    beside = cell.middle(name, lambda sample: sample.beside_iops or 0.0)
+    if cell.job.beside and beside:
+        text += f" beside {beside.median / 1000:.1f}k"
     if ratio and name != cell.baseline:
         text += f"  {ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
     return text
