@@ -8,11 +8,13 @@ sysfs and from the driver, never assumed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 from .errors import CompareError, run
 
 UBLK = [sys.executable, "-m", "ublk_loop"]
+SCHEDULER_S = 5.0
 DEPTH = 128  # of every ublk device: ours and the peers'
 WORKQUEUE_MASK = Path("/sys/devices/virtual/workqueue/cpumask")
 QUEUE_SETTINGS = (
@@ -62,8 +65,7 @@ class Subject:
         words = shlex.split(self.add.format(file=backing_file, queues=queues))
         node = node_of(run(*prefix, *words))
         try:
-            # loop gets none by itself, a one-queue ublk device mq-deadline: like with like.
-            (_sysfs(node) / "queue/scheduler").write_text("none")
+            _set_scheduler(node)
             served = Served(node, read_settings(node))
             _describe_ublk(served)
             if pin and served.server_pid:
@@ -166,6 +168,21 @@ def daemon_of_its_own() -> Iterator[None]:
 def _stop_daemon() -> None:
     with contextlib.suppress(CompareError):  # none runs
         run(*UBLK, "daemon", "--stop")
+
+
+def _set_scheduler(node: str) -> None:
+    # loop gets none by itself, a one-queue ublk device mq-deadline: like with like. A server of
+    # ours that the daemon started gets it from a process that may be at it just now; the kernel
+    # refuses a write beside another (v7.3: EBUSY), and then theirs has done it.
+    path = _sysfs(node) / "queue/scheduler"
+    deadline = time.monotonic() + SCHEDULER_S
+    while "[none]" not in path.read_text():
+        try:
+            path.write_text("none")
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise CompareError(f"{path}: {error.strerror}") from error
+            time.sleep(0.01)
 
 
 def _sysfs(node: str) -> Path:
