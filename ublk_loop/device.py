@@ -72,6 +72,7 @@ NR_WATCHES = 32
 MAX_ACTIVE = 64
 MAX_ACTIVE_ROTATIONAL = 16
 ANY_DEV_ID = -1
+SCHEDULER_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -459,9 +460,17 @@ def set_scheduler(dev_id: int, name: str = "none") -> None:
     # A device with one queue would get mq-deadline, which costs two thirds of the IOPS of a backing
     # that sorts for itself.
     path = Path(f"/sys/block/ublkb{dev_id}/queue/scheduler")
-    with contextlib.suppress(OSError):
-        if f"[{name}]" not in path.read_text():
-            path.write_text(name)
+    deadline = time.monotonic() + SCHEDULER_TIMEOUT_S
+    while True:
+        try:
+            if f"[{name}]" not in path.read_text():
+                path.write_text(name)
+            return
+        except OSError as error:
+            # EBUSY: the kernel only tries for a lock that others hold for a moment.
+            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                return
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
