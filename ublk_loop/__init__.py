@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .control import Control
     from .device import Device
-    from .target import LoopTarget, NullTarget, RamTarget, Target
+    from .target import LoopTarget, NullTarget, RamTarget, StripeTarget, Target
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ _MODULES = {
     "LoopTarget": "target",
     "NullTarget": "target",
     "RamTarget": "target",
+    "StripeTarget": "target",
     "Target": "target",
 }
 
@@ -34,4 +35,13 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-__all__ = ["Control", "Device", "LoopTarget", "NullTarget", "RamTarget", "Target", "__version__"]
+__all__ = [
+    "Control",
+    "Device",
+    "LoopTarget",
+    "NullTarget",
+    "RamTarget",
+    "StripeTarget",
+    "Target",
+    "__version__",
+]

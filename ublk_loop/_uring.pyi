@@ -143,6 +143,12 @@ class ul_target_config(CData):
     offset_bytes: int
     dev_nr_bytes: int
     cookie: int
+    nr_parts: int
+    chunk_bytes: int
+    @property
+    def parts(self) -> Array[ul_target]: ...
+    @parts.setter
+    def parts(self, value: Sequence[ul_target]) -> None: ...
 
 @final
 class ul_request_info(CData):
@@ -278,12 +284,14 @@ class Lib:
     UL_TARGET_NULL: int
     UL_TARGET_LOOP: int
     UL_TARGET_PYTHON: int
+    UL_TARGET_STRIPE: int
     UL_POLICY_2014: int
     UL_POLICY_BASE: int
     UL_POLICY_AUTO: int
     UL_TARGET_READ_ONLY: int
     UL_TARGET_DIRECT: int
     UL_TARGET_MAP: int
+    UL_STRIPE_MAX: int
     UL_SHMEM_MAX: int
     def ul_control_create(
         self, control_fd: int, keep_rights: int, control: Array[ul_control], /

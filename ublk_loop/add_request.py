@@ -124,45 +124,64 @@ def _is_on(value: bool | str) -> bool:
     return value in (True, "1")
 
 
+# The options that only some types have.
+_TYPES_OF = {
+    "path": (("loop", "stripe"), "-f"),
+    "buffered_io": (("loop", "stripe"), "--buffered_io"),
+    "direct_io": (("loop", "stripe"), "--direct_io"),
+    "chunk_bytes": (("stripe",), "--chunk_size"),
+    "nr_bytes": (("loop", "null", "ram"), "--size"),
+    "offset": (("loop",), "-o"),
+    "read_only": (("loop",), "-R"),
+    "shmem": (("loop",), "--shmem"),
+    "limit_bytes": (("loop",), "--sizelimit"),
+    "logical_bs": (("loop",), "--sector_size"),
+}
+
+
 def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
-    if given["file"] is not None:
-        if given["path"] is not None:
-            raise click.UsageError("say -f FILE or FILE, not both")
-        given["path"] = given["file"]
-    kind, path, nr_bytes = given["kind"], given["path"], given["nr_bytes"]
-    if kind != "loop":
-        for option, name in (
-            ("-f", "path"),
-            ("-o", "offset"),
-            ("--buffered_io", "buffered_io"),
-            ("--direct_io", "direct_io"),
-            ("-R", "read_only"),
-            ("--shmem", "shmem"),
-            ("--sizelimit", "limit_bytes"),
-            ("--sector_size", "logical_bs"),
-        ):
-            if given[name] not in (None, False, ()):
-                raise click.UsageError(f"{option} is for -t loop only")
+    given = {**given, "path": given["path"] + given["files"]}
+    kind, nr_bytes = given["kind"], given["nr_bytes"]
+    for name, (kinds, option) in _TYPES_OF.items():
+        if kind not in kinds and given[name] not in (None, False, ()):
+            raise click.UsageError(f"{option} is for -t {' and '.join(kinds)} only")
+    if kind in ("null", "ram"):
         if kind == "ram" and nr_bytes is None:
             raise click.UsageError("-t ram needs --size")
         return TargetSpec(kind, nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes)
-    if not path:
-        raise click.UsageError("-t loop needs -f FILE")
     if given["buffered_io"] and given["direct_io"]:
         raise click.UsageError("--buffered_io and --direct_io exclude each other")
+    direct = True if given["direct_io"] else False if given["buffered_io"] else None
+    paths = tuple(_absolute(path, cwd) for path in given["path"])
+    if kind == "stripe":
+        if not 1 <= len(paths) <= state.MAX_STRIPE_FILES:
+            raise click.UsageError(f"-t stripe needs 1 to {state.MAX_STRIPE_FILES} files")
+        return TargetSpec(
+            kind, stripe_paths=paths, direct=direct, chunk_bytes=_chunk_bytes(given["chunk_bytes"])
+        )
+    if len(paths) != 1:
+        raise click.UsageError("-t loop needs -f FILE" + (", and only one" if paths else ""))
     offset_bytes = (given["offset"] or 0) << uapi.SECTOR_SHIFT
     if offset_bytes >= 1 << 63:
         raise click.UsageError("-o is beyond any file")
     return TargetSpec(
         "loop",
-        path=_absolute(path, cwd),
+        path=paths[0],
         offset_bytes=offset_bytes,
         nr_bytes=nr_bytes,
-        direct=True if given["direct_io"] else False if given["buffered_io"] else None,
+        direct=direct,
         read_only=given["read_only"],
         limit_bytes=given["limit_bytes"] or nr_bytes,
         logical_bs=int(given["logical_bs"]) if given["logical_bs"] else None,
     )
+
+
+def _chunk_bytes(nr_bytes: int | None) -> int:
+    if nr_bytes is None:
+        return state.CHUNK_BYTES
+    if not 4096 <= nr_bytes <= 524288 or nr_bytes & (nr_bytes - 1):
+        raise click.UsageError("--chunk_size is a power of 2 from 4096 to 524288")
+    return nr_bytes
 
 
 def _absolute(path: str, cwd: str) -> str:

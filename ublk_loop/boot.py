@@ -25,7 +25,7 @@ from .errors import DaemonError
 CONFIG_PATH = "/etc/ublk/ublk.toml"
 MAX_NR_BYTES = 1 << 20
 # Options that may be given more than once: a list.
-_REPEATABLE = {"shmem"}
+_REPEATABLE = {"shmem", "file"}
 _NOT_HERE = frozenset(("number", "json", "foreground", "help", "config"))
 
 
@@ -111,10 +111,11 @@ def _words(name: str, table: Any) -> tuple[str, ...]:
         cli_add.check_add(words)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    paths = table.get("shmem", [])
-    for path in [table.get("file", "/"), *(paths if isinstance(paths, list) else [paths])]:
-        if not os.path.isabs(str(path)):  # a number names a file, too
-            raise ValueError(f"{where}: {path} is not an absolute path")
+    for key in sorted(_REPEATABLE):
+        paths = table.get(key, [])
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not os.path.isabs(str(path)):  # a number names a file, too
+                raise ValueError(f"{where}: {path} is not an absolute path")
     return tuple(words)
 
 

@@ -54,6 +54,17 @@ Examples:
   ublk add -t loop -f disk.img
   ublk add -t loop -f /dev/vdb -q 2 -d 64
   ublk add -t loop -f disk.img -o 2048 --size 100M -r 1""",
+    "stripe": """Serves several files of one size as one device, chunk by chunk (RAID 0).
+
+\b
+  -f, --file FILE      one of them, in order; or the last arguments; they are locked
+  --chunk_size SIZE    how much of one is followed by the next; default: 64K
+  --buffered_io        through the page cache; the default for regular files
+  --direct_io          past the page cache (O_DIRECT); the default for block devices
+
+\b
+Example:
+  ublk add -t stripe --chunk_size 64K disk0.img disk1.img""",
     "null": """Completes every request at once and stores nothing: for measuring.
 
 \b
@@ -251,9 +262,23 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
 @click.option(
     "--foreground", is_flag=True, help="Serve in this process; Ctrl-C deletes the device."
 )
-@click.option("-f", "--file", "path", type=click.Path(), help="loop: the backing file.")
-@click.option("--buffered_io", is_flag=True, help="loop: use the page cache.")
-@click.option("--direct_io", is_flag=True, help="loop: bypass the page cache.")
+@click.option(
+    "-f",
+    "--file",
+    "path",
+    multiple=True,
+    type=click.Path(),
+    help="loop: the backing file; stripe: each of them.",
+)
+@click.option(
+    "--chunk_size",
+    "chunk_bytes",
+    callback=parse_size,
+    metavar="SIZE",
+    help="stripe: what of one file is followed by the next; default: 64K.",
+)
+@click.option("--buffered_io", is_flag=True, help="loop, stripe: use the page cache.")
+@click.option("--direct_io", is_flag=True, help="loop, stripe: bypass the page cache.")
 @click.option(
     "-o", "--offset", type=click.IntRange(0), metavar="SECTORS", help="loop: where to begin."
 )
@@ -273,11 +298,11 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
     help="loop: the logical block size.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
-@click.argument("file", required=False, type=click.Path())
+@click.argument("files", nargs=-1, type=click.Path())
 def add(**given: Any) -> None:
     """Add a device and serve it; return when it is live, and print it.
 
-    FILE is another way to write -f FILE, as the kernel's own test server takes it.
+    FILES are another way to write -f FILE, as the kernel's own test server takes them.
 
     \b
     Examples:

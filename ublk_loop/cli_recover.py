@@ -71,9 +71,12 @@ def _check_words(dev_id: int | None, words: tuple[str, ...]) -> None:
     if dev_id is None:
         raise click.UsageError("-a takes no options of ublk add")
     said, known = spec_of(words), state.read(dev_id)
-    if known is not None and (said.type, said.path) != (known.spec.type, known.spec.path):
-        what = f"recover dev {dev_id}"
-        raise DaemonError(errno.EINVAL, what, f"it is {known.spec.type} {known.spec.path or ''}")
+    if known is not None and _identity(said) != _identity(known.spec):
+        raise DaemonError(errno.EINVAL, f"recover dev {dev_id}", f"it is {_identity(known.spec)}")
+
+
+def _identity(spec: state.TargetSpec) -> str:
+    return " ".join(word for word in (spec.type, spec.path, *spec.stripe_paths) if word)
 
 
 def _recover_one(dev_id: int, as_json: bool) -> str:

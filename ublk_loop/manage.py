@@ -324,6 +324,8 @@ def _check_size(what: str, known: DeviceState, nr_bytes: int) -> None:
         raise DaemonError(errno.EINVAL, what, f"{nr_bytes} is not a multiple of {logical_bs} bytes")
     if known.spec.type == "ram":
         raise DaemonError(errno.EINVAL, what, "a ram device keeps the memory that it began with")
+    if known.spec.type == "stripe":
+        raise DaemonError(errno.EINVAL, what, "a stripe device keeps the size that it began with")
     if known.spec.type == "loop" and nr_bytes > (room := _room(what, known)):
         hint = f"{known.spec.path} has {room} bytes for it: make it longer first (truncate -s)"
         raise DaemonError(errno.EINVAL, what, hint)

@@ -170,7 +170,7 @@ def _start(
 
 
 def _build_target(spec: TargetSpec) -> Target:
-    from .target import LoopTarget, NullTarget, RamTarget
+    from .target import LoopTarget, NullTarget, RamTarget, StripeTarget
 
     if spec.type == "loop":
         return LoopTarget(
@@ -181,6 +181,13 @@ def _build_target(spec: TargetSpec) -> Target:
             read_only=spec.read_only,
             limit_bytes=spec.limit_bytes,
             logical_bs=spec.logical_bs,
+        )
+    if spec.type == "stripe":
+        return StripeTarget(
+            spec.stripe_paths,
+            chunk_bytes=spec.chunk_bytes,
+            nr_bytes=spec.nr_bytes,
+            direct=spec.direct,
         )
     if spec.nr_bytes is None:
         raise ValueError(f"a {spec.type} target needs a size")
@@ -242,10 +249,11 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
 def _state_of(device: Device, request: Request) -> DeviceState:
     target = device.target
     spec = replace(request.spec, nr_bytes=target.size)
-    if spec.type == "loop":
+    if spec.type in ("loop", "stripe"):
         # What was found, so that a recovery finds the same geometry or fails.
-        direct = bool(target.describe()["direct_io"])
-        spec = replace(spec, direct=direct, logical_bs=target.logical_bs)
+        spec = replace(spec, direct=bool(target.describe()["direct_io"]))
+    if spec.type == "loop":
+        spec = replace(spec, logical_bs=target.logical_bs)
     info = device.info
     return DeviceState(
         dev_id=device.dev_id,

@@ -40,7 +40,9 @@ DATA_MODES = ("auto", *DATA_FLAGS)
 MAX_SHARED_FILES = 16
 MAX_POLL_US = 1_000_000
 MAX_DEADLINE_S = 86_400
-TARGET_TYPES = ("loop", "null", "ram")
+TARGET_TYPES = ("loop", "null", "ram", "stripe")
+MAX_STRIPE_FILES = 16
+CHUNK_BYTES = 65536  # of a stripe, as kublk has it
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
 Json: TypeAlias = "dict[str, JsonValue]"
@@ -50,7 +52,8 @@ Json: TypeAlias = "dict[str, JsonValue]"
 class TargetSpec:
     """What a target is built from; None means what the file offers.
 
-    ``limit_bytes``: at most so much of the file, as losetup's ``--sizelimit``.
+    ``limit_bytes``: at most so much of the file, as losetup's ``--sizelimit``. A stripe has
+    ``stripe_paths`` instead of ``path``, and chunks of ``chunk_bytes``.
     """
 
     type: str
@@ -61,6 +64,8 @@ class TargetSpec:
     read_only: bool = False
     limit_bytes: int | None = None
     logical_bs: int | None = None
+    stripe_paths: tuple[str, ...] = ()
+    chunk_bytes: int = CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,7 @@ def _parse_shared_file(value: JsonValue) -> SharedFile:
 
 def parse_spec(value: JsonValue) -> TargetSpec:
     """Return the target that a JSON object holds. :raises ValueError: what is wrong with it."""
-    defaults: Json = asdict(TargetSpec(""))
+    defaults: Json = {**asdict(TargetSpec("")), "stripe_paths": []}
     del defaults["type"]
     fields = Fields("spec", value, *TargetSpec.__dataclass_fields__, defaults=defaults)
     spec = TargetSpec(
@@ -273,8 +278,11 @@ def parse_spec(value: JsonValue) -> TargetSpec:
         read_only=fields.boolean("read_only"),
         limit_bytes=fields.optional_integer("limit_bytes", 1, (1 << 63) - 1),
         logical_bs=fields.optional_integer("logical_bs", 512, 4096),
+        stripe_paths=fields.texts("stripe_paths", MAX_STRIPE_FILES),
+        chunk_bytes=fields.integer("chunk_bytes", 4096, 524288),
     )
-    if spec.type == "loop" and not os.path.isabs(spec.path):
+    paths = {"loop": (spec.path,), "stripe": spec.stripe_paths}.get(spec.type, ())
+    if not all(os.path.isabs(path) for path in paths):
         raise ValueError("spec: path is not absolute")
     return spec
 
@@ -375,6 +383,13 @@ class Fields:
         if not isinstance(found, str) or "\0" in found:
             raise ValueError(f"{self._where}: {name} is not a text")
         return found
+
+    def texts(self, name: str, max_length: int) -> tuple[str, ...]:
+        found = self.array(name, max_length)
+        texts = tuple(text for text in found if isinstance(text, str) and "\0" not in text)
+        if len(texts) != len(found):
+            raise ValueError(f"{self._where}: {name} is not a list of texts")
+        return texts
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         found = self.text(name)

@@ -16,7 +16,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -482,6 +482,100 @@ class LoopTarget(Target):
             )
 
 
+class StripeTarget(Target):
+    """Several files as one device, chunk by chunk from one to the next (RAID 0).
+
+    Each is opened and locked as :class:`LoopTarget` has it. What does not fill a chunk is left out.
+
+    :param paths: 1 to UL_STRIPE_MAX files or block devices, all of one size.
+    :param chunk_bytes: a power of 2 from 4096 to 524288.
+    :param nr_bytes: the device's length; default: all that they have.
+    :param direct: O_DIRECT or the page cache.
+    :raises BackingFileError: as LoopTarget; EINVAL if they are not of one size, or too small.
+    :raises ValueError: bad numbers.
+    """
+
+    name = "stripe"
+    has_fua = True
+    has_volatile_cache = True
+    can_write_zeroes = True
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        chunk_bytes: int = 65536,
+        nr_bytes: int | None = None,
+        direct: bool | None = None,
+    ) -> None:
+        if not 1 <= len(paths) <= lib.UL_STRIPE_MAX:
+            raise ValueError(f"{len(paths)} files are not 1 to {lib.UL_STRIPE_MAX}")
+        if not 4096 <= chunk_bytes <= 524288 or chunk_bytes & (chunk_bytes - 1):
+            raise ValueError(f"chunk size {chunk_bytes} is not a power of 2 from 4096 to 524288")
+        self._chunk_bytes = chunk_bytes
+        self._parts: list[LoopTarget] = []
+        try:
+            for path in paths:
+                self._parts.append(LoopTarget(path, direct=direct))
+            self._take_geometry()
+            self._take_size(nr_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def can_discard(self) -> bool:
+        return all(part.can_discard for part in self._parts)
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "backing_files": [part.path for part in self._parts],
+            "dev_size": self.size,
+            "chunk_size": self._chunk_bytes,
+            "direct_io": int(all(part.direct for part in self._parts)),
+        }
+
+    def _take_geometry(self) -> None:
+        parts = self._parts
+        self.logical_bs = max(part.logical_bs for part in parts)
+        self.physical_bs = max(part.physical_bs for part in parts)
+        self.discard_granularity = self.physical_bs
+        self.rotational = any(part.rotational for part in parts)
+
+    def _take_size(self, wanted_bytes: int | None) -> None:
+        parts = self._parts
+        part_bytes = {part.path: part.size - part.size % self._chunk_bytes for part in parts}
+        first = part_bytes[parts[0].path]
+        for path, nr_bytes in part_bytes.items():
+            if nr_bytes == 0:
+                text = f"too small: it does not hold one chunk of {self._chunk_bytes} bytes"
+                raise BackingFileError(errno.EINVAL, path, text)
+            if nr_bytes != first:
+                text = f"{nr_bytes} bytes of it can be used, and {first} of {parts[0].path}"
+                raise BackingFileError(errno.EINVAL, path, f"{text}: they must be of one size")
+        self.size = first * len(parts) if wanted_bytes is None else wanted_bytes
+        if self.size > first * len(parts):
+            text = f"{self.size} bytes do not fit {len(parts)} files of {first} bytes"
+            raise BackingFileError(errno.EINVAL, parts[0].path, text)
+
+    @contextlib.contextmanager
+    def _native_config(self) -> Iterator[ul_target_config]:
+        config = ffi.new("struct ul_target_config *")
+        config.kind = lib.UL_TARGET_STRIPE
+        config.chunk_bytes = self._chunk_bytes
+        config.nr_parts = len(self._parts)
+        with contextlib.ExitStack() as stack:
+            for index, part in enumerate(self._parts):
+                native = stack.enter_context(contextlib.closing(NativeTarget(part, "2014")))
+                config.parts[index] = native.handle
+            yield config
+
+
 def file_nr_bytes(fd: int) -> int:
     """Return the size of a regular file or block device. :raises OSError: what the kernel said."""
     info = os.fstat(fd)
@@ -543,6 +637,7 @@ __all__ = [
     "NativeTarget",
     "NullTarget",
     "RamTarget",
+    "StripeTarget",
     "Target",
     "check_policy",
     "file_nr_bytes",

@@ -28,6 +28,9 @@
  * in whose turn the folios of its place are split (folios.c), with those that
  * follow it there.
  *
+ * A stripe is several files, of each of which it has a loop target that nobody
+ * else uses; its requests are done by those, piece by piece, by the works.
+ *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
  *
@@ -173,7 +176,7 @@ int ul_target_create(const struct ul_target_config *config,
 	struct ul_target *t;
 	int ret;
 
-	if (config->kind > UL_TARGET_PYTHON || config->policy > UL_POLICY_AUTO)
+	if (config->kind > UL_TARGET_STRIPE || config->policy > UL_POLICY_AUTO)
 		return -EINVAL;
 	t = calloc(1, sizeof(*t));
 	if (!t)
@@ -427,6 +430,79 @@ static int32_t loop_execute(const struct ul_target *t, struct ul_request *req)
 	}
 }
 
+/* ---- what a request does to the files of a stripe ---- */
+
+/* A request's data: chunk by chunk, from one file to the next. */
+static int32_t stripe_transfer(const struct ul_target_config *config,
+			       const struct ul_request *req)
+{
+	uint64_t chunk_bytes = config->chunk_bytes, done = 0, offset;
+	struct ul_request piece = *req;
+	int32_t res;
+
+	for (; done < req->nr_bytes; done += piece.nr_bytes) {
+		offset = req->offset_bytes + done;
+		piece.offset_bytes =
+			offset / chunk_bytes / config->nr_parts * chunk_bytes +
+			offset % chunk_bytes;
+		piece.nr_bytes = chunk_bytes - offset % chunk_bytes;
+		if (piece.nr_bytes > req->nr_bytes - done)
+			piece.nr_bytes = req->nr_bytes - done;
+		piece.buffer = (char *)req->buffer + done;
+		res = loop_execute(
+			config->parts[offset / chunk_bytes % config->nr_parts],
+			&piece);
+		if (res < 0)
+			return res;
+	}
+	return done;
+}
+
+/* How much of what lies in front of @offset_bytes is in one of the files. */
+static uint64_t stripe_bytes_before(const struct ul_target_config *config,
+				    uint32_t part, uint64_t offset_bytes)
+{
+	uint64_t chunk_bytes = config->chunk_bytes;
+	uint64_t row_bytes = chunk_bytes * config->nr_parts;
+	uint64_t before = offset_bytes / row_bytes * chunk_bytes;
+	uint64_t first = part * chunk_bytes, end = offset_bytes % row_bytes;
+
+	if (end <= first)
+		return before;
+	return before + (end - first < chunk_bytes ? end - first : chunk_bytes);
+}
+
+/* Without data a range is one range of each file; a flush is for all of them. */
+static int32_t stripe_each(const struct ul_target_config *config,
+			   const struct ul_request *req)
+{
+	uint64_t end = req->offset_bytes + req->nr_bytes;
+	struct ul_request piece = *req;
+	int32_t res;
+
+	for (uint32_t i = 0; i < config->nr_parts; i++) {
+		piece.offset_bytes =
+			stripe_bytes_before(config, i, req->offset_bytes);
+		piece.nr_bytes = stripe_bytes_before(config, i, end) -
+				 piece.offset_bytes;
+		if (!piece.nr_bytes && req->op != UBLK_IO_OP_FLUSH)
+			continue;
+		res = loop_execute(config->parts[i], &piece);
+		if (res < 0)
+			return res;
+	}
+	return 0;
+}
+
+static int32_t target_execute(const struct ul_target *t, struct ul_request *req)
+{
+	if (t->config.kind != UL_TARGET_STRIPE)
+		return loop_execute(t, req);
+	if (ul_op_has_data(req->op))
+		return stripe_transfer(&t->config, req);
+	return stripe_each(&t->config, req);
+}
+
 /* ---- the works ---- */
 
 /* Start a request, or end one that Python was given. */
@@ -445,7 +521,7 @@ static int request_run(struct ul_target *t, struct ul_request *req,
 			work->attend = req;
 			return UL_WORK_ATTEND;
 		} else {
-			req->res = loop_execute(t, req);
+			req->res = target_execute(t, req);
 		}
 	}
 	req->attending = false;

@@ -148,6 +148,7 @@ enum {
 	UL_TARGET_NULL = 0,
 	UL_TARGET_LOOP = 1,
 	UL_TARGET_PYTHON = 2,
+	UL_TARGET_STRIPE = 3,
 };
 
 enum {
@@ -162,6 +163,10 @@ enum {
 	UL_TARGET_MAP = 4,	/* loop: map the file, serve what is resident */
 };
 
+enum {
+	UL_STRIPE_MAX = 16,	/* files of a stripe */
+};
+
 struct ul_target_config {
 	uint32_t	kind;		/* UL_TARGET_* */
 	uint32_t	policy;		/* UL_POLICY_* */
@@ -172,6 +177,9 @@ struct ul_target_config {
 	uint64_t	offset_bytes;	/* loop: the device's start in the file */
 	uint64_t	dev_nr_bytes;	/* loop: how much of it is mapped */
 	uint64_t	cookie;		/* python: handed out with each work */
+	uint32_t	nr_parts;	/* stripe */
+	uint32_t	chunk_bytes;	/* stripe: a power of 2 */
+	struct ul_target *parts[UL_STRIPE_MAX];	/* stripe: loops, borrowed */
 };
 
 struct ul_request_info {
