@@ -22,7 +22,7 @@ from . import listing, state
 from .cli_add import TYPE_HELP, add, parse_size
 from .cli_base import cli, number_option
 from .cli_daemon import daemon
-from .cli_del import delete
+from .cli_del import delete, stop
 from .cli_list import list_devices
 from .cli_losetup import losetup
 from .cli_recover import quiesce, recover, upgrade
@@ -180,7 +180,7 @@ def show_help(ctx: click.Context, kind: str | None) -> None:
 
 
 for _command in (
-    *(add, delete, list_devices, recover, quiesce, upgrade, daemon),
+    *(add, delete, stop, list_devices, recover, quiesce, upgrade, daemon),
     *(features, doctor, set_affinity, resize, owner, show_help, losetup),
 ):
     cli.add_command(_command)

@@ -1,4 +1,4 @@
-"""``ublk del``: stop and delete devices, or say who uses them.
+"""``ublk del`` and ``ublk stop``: stop and delete devices, or say who uses them.
 
 The deleting itself is :mod:`manage`'s, the waiting for a last close :mod:`lazy`'s.
 """
@@ -6,6 +6,7 @@ The deleting itself is :mod:`manage`'s, the waiting for a last close :mod:`lazy`
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -53,6 +54,35 @@ def delete(
     exit_if_failed(done)
 
 
+@click.command(short_help="Stop a device; its number stays.")
+@number_option(required=True)
+@click.option("--safe", is_flag=True, help="Not one that is in use; the default.")
+@click.option(
+    "--force", is_flag=True, help="Also one that is in use: what is not written back is lost."
+)
+def stop(dev_id: int, safe: bool, force: bool) -> None:
+    """Stop a device, unless it is in use. It is DEAD then, until ublk del.
+
+    \b
+    Example:
+      ublk stop -n 0
+    """
+    if safe and force:
+        raise click.UsageError("--safe and --force exclude each other")
+    from . import manage
+
+    try:
+        for note in manage.stop(dev_id, force=force):
+            click.echo(f"ublk: {note}", err=True)
+    except BusyError as error:
+        _show_busy(error)
+        sys.exit(1)
+
+
+def _show_busy(error: BusyError) -> None:
+    click.echo("\n\t".join([f"ublk: {error}", *map(str, error.holders)]), err=True)
+
+
 def _delete(dev_ids: list[int], *, lazy: bool, **how: bool) -> list[dict[str, Any]]:
     # Most of a deletion the driver waits, for RCU above all. Waiters are forked: no threads then.
     if lazy or len(dev_ids) < 2:
@@ -86,7 +116,7 @@ def delete_one(dev_id: int, *, no_wait: bool, force: bool, lazy: bool) -> dict[s
             click.echo(f"ublk: dev {dev_id} is deleted once nobody uses it; {who}", err=True)
             return done
         done["error"] = str(error)
-        click.echo("\n\t".join([f"ublk: {error}", *map(str, error.holders)]), err=True)
+        _show_busy(error)
     except UblkLoopError as error:
         done["error"] = str(error)
         click.echo(f"ublk: {error}", err=True)

@@ -50,7 +50,8 @@ class BusyError(DriverError):
     def __init__(self, what: str, holders: Sequence[Holder]) -> None:
         first = str(holders[0]) if holders else "in use by the kernel, or by what you may not see"
         more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
-        hint = f"{first}{more}: unmount or close it first, or use --lazy or --force"
+        ways = "--lazy or --force" if what.startswith("del ") else "--force"
+        hint = f"{first}{more}: unmount or close it first, or use {ways}"
         super().__init__(errno.EBUSY, what, hint)
         self.holders = tuple(holders)
 

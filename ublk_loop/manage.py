@@ -42,6 +42,19 @@ def delete(dev_id: int, *, no_wait: bool = False, force: bool = False) -> list[s
     :raises DriverError: ENODEV; EOPNOTSUPP (``no_wait`` before v6.9); ETIMEDOUT if another process
         holds the device.
     """
+    notes = stop(dev_id, force=force, verb="del")
+    notes += _remove(dev_id, no_wait=no_wait, force=force)
+    return notes
+
+
+def stop(dev_id: int, *, force: bool = False, verb: str = "stop") -> list[str]:
+    """Stop a device and wait for its server to leave, as :func:`delete` does; its number stays.
+
+    :param verb: of the error, should it be in use.
+
+    :raises BusyError: it is in use, and as it was.
+    :raises DriverError: ENODEV; ETIMEDOUT.
+    """
     with Control() as control:
         info = control.get_dev_info(dev_id)
     notes: list[str] = []
@@ -55,11 +68,10 @@ def delete(dev_id: int, *, no_wait: bool = False, force: bool = False) -> list[s
         if force or info.state == uapi.UBLK_S_DEV_DEAD:
             _stop(dev_id, server)
         else:
-            _stop_unused(info, server)
+            _stop_unused(f"{verb} dev {dev_id}", info, server)
         if not server.leave():
             notes.append(f"server {server.pid} of dev {dev_id} does not end, and is none of ours")
     state.remove(dev_id)
-    notes += _remove(dev_id, no_wait=no_wait, force=force)
     return notes
 
 
@@ -80,13 +92,13 @@ def _remove(dev_id: int, *, no_wait: bool, force: bool) -> list[str]:
     return []
 
 
-def _stop_unused(info: DevInfo, server: _Server) -> None:
+def _stop_unused(what: str, info: DevInfo, server: _Server) -> None:
     # A udev probe, or another program that looks at each new disk, has it open for a moment.
     deadline = time.monotonic() + PROBE_TIMEOUT_S
     while (users := _try_stop(info, server)) is not None:
         is_probe = all(user.kind == "open" for user in users)
         if not is_probe or time.monotonic() >= deadline:
-            raise BusyError(f"del dev {info.dev_id}", users)
+            raise BusyError(what, users)
         time.sleep(0.05)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from ublk_loop import __version__, cli, control, manage, uapi
 
-COMMANDS = ["add", "del", "list", "recover", "upgrade", "features", "set_affinity", "help"]
+COMMANDS = ["add", "del", "stop", "list", "recover", "upgrade", "features", "set_affinity", "help"]
 
 
 def ublk(*arguments: str) -> Result:
@@ -35,6 +35,8 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "del -n -1",
         "del -n zero",
         "del 0",
+        "stop",
+        "stop -n 0 --safe --force",
         "list -n x",
         "recover",
         "recover -n",

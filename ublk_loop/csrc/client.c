@@ -41,7 +41,7 @@ extern char **environ;
 
 static const char *const commands[] = {
 	"add",	   "del",    "list",	    "features",	   "recover",
-	"quiesce", "resize", "update_size", "set_affinity"
+	"quiesce", "resize", "update_size", "set_affinity", "stop"
 };
 /* These need a process of their own, or a terminal. */
 static const char *const not_with[] = { "--foreground", "--lazy", "-h",
