@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 from . import paths
@@ -39,7 +39,8 @@ def add(words: list[str]) -> int | None:
         cwd = os.getcwd()
     except OSError:  # it was removed
         return None
-    reply = ask({"command": "add", "words": words, "cwd": cwd, "two_lines": two_lines()})
+    wish = {"words": add_words(words), "cwd": cwd, "two_lines": two_lines()}
+    reply = ask({"command": "add", **wish})
     if reply is None or reply["exit_code"] < 0:
         return None
     sys.stdout.write(reply["out"])
@@ -51,6 +52,16 @@ def two_lines(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether ``ublk list`` and the like print flags on a line of their own."""
     # The reference server moved the flags to a line of their own in 2025. Scripts parse either.
     return environment.get("UBLK_LOOP_LIST_STYLE") == "two-lines"
+
+
+def add_words(words: Iterable[str], environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the words behind ``ublk add``, with what scripts for other servers leave to them."""
+    words = tuple(words)
+    asked = ("-r", "-i", "-e", "--user_recovery", "--user-recovery", "--recovery")
+    # There a device has the recovery that it was asked for: else it is DEAD after its server.
+    if environment.get("UBLK_LOOP_DEL_FORCE") != "1" or any(w.startswith(asked) for w in words):
+        return words
+    return ("--recovery", "none", *words)
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any] | None:

@@ -450,7 +450,8 @@ def _as_add(request: protocol.Run) -> protocol.Request:
     if request.words[:1] != ("add",):
         return request
     two_lines = client.two_lines(request.environment)
-    return protocol.Add(request.words[1:], request.cwd, two_lines)
+    words = client.add_words(request.words[1:], request.environment)
+    return protocol.Add(words, request.cwd, two_lines)
 
 
 def _do_apart(request: protocol.Request) -> bytes:

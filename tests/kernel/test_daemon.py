@@ -71,6 +71,20 @@ def test_add_starts_a_daemon_once_and_both_outlive_the_command(
     assert daemon.status()["devices"] == []
 
 
+def test_device_of_a_script_for_another_server_is_dead_after_its_server(
+    daemon: Daemon, ublk: Ublk, control: Control, monkeypatch: Any, wait_until: WaitUntil
+) -> None:
+    # The daemon replaced the server: such scripts wait for DEAD.
+    monkeypatch.setenv("UBLK_LOOP_DEL_FORCE", "1")
+    added = ublk("add", "-t", "null", "-n", 3)
+    assert (added.returncode, added.stderr) == (0, "")
+    os.kill(control.get_dev_info(3).ublksrv_pid, signal.SIGKILL)
+    wait_until(lambda: control.get_dev_info(3).state == uapi.UBLK_S_DEV_DEAD)
+    assert ublk("add", "-t", "null", "-n", 4, "-r", 1).returncode == 0
+    assert control.get_dev_info(4).flags & uapi.UBLK_F_USER_RECOVERY
+    assert ublk("del", "-a").returncode == 0
+
+
 def test_add_by_the_daemon_fails_as_without_one_and_leaves_nothing(
     daemon: Daemon, tmp_path: Path, backing_file: Callable[..., Path]
 ) -> None:

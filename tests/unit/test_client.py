@@ -41,3 +41,13 @@ def test_request_that_a_daemon_took_before_it_ended_is_an_error(listener: socket
         connection.close()
         with pytest.raises(ConnectionError, match="went away"):
             asked.result(10)
+
+
+def test_add_has_the_recovery_that_scripts_for_other_servers_ask_for() -> None:
+    ruthless = {"UBLK_LOOP_DEL_FORCE": "1"}
+    plain = ("-t", "null", "--usercopy")
+    assert client.add_words(plain, {}) == plain
+    assert client.add_words(plain, {"UBLK_LOOP_DEL_FORCE": "0"}) == plain
+    assert client.add_words(plain, ruthless) == ("--recovery", "none", *plain)
+    for words in (("-r", "1"), ("-i1",), ("--user-recovery=1",), ("--recovery", "reissue")):
+        assert client.add_words((*plain, *words), ruthless) == (*plain, *words)
