@@ -55,7 +55,10 @@ def request_of(
             poll_us=given["poll_us"],
             nr_threads=given["nthreads"],
             recovery_deadline_s=deadline_s,
-            shared_files=tuple(state.SharedFile(_absolute(path, cwd)) for path in given["shmem"]),
+            shared_files=tuple(
+                state.SharedFile(_absolute(path, cwd), read_only=given["shmem_read_only"])
+                for path in given["shmem"]
+            ),
         ),
         spec=_target_spec(given, cwd),
         dev_id=given["dev_id"],
@@ -133,7 +136,8 @@ _TYPES_OF = {
     "nr_bytes": (("loop", "null", "ram"), "--size"),
     "offset": (("loop",), "-o"),
     "read_only": (("loop",), "-R"),
-    "shmem": (("loop",), "--shmem"),
+    "delay_us": (("null",), "--delay_us"),
+    "shmem": (("loop", "null"), "--shmem"),
     "limit_bytes": (("loop",), "--sizelimit"),
     "logical_bs": (("loop",), "--sector_size"),
 }
@@ -148,7 +152,11 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
     if kind in ("null", "ram"):
         if kind == "ram" and nr_bytes is None:
             raise click.UsageError("-t ram needs --size")
-        return TargetSpec(kind, nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes)
+        return TargetSpec(
+            kind,
+            nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes,
+            delay_us=given["delay_us"] or 0,
+        )
     if given["buffered_io"] and given["direct_io"]:
         raise click.UsageError("--buffered_io and --direct_io exclude each other")
     direct = True if given["direct_io"] else False if given["buffered_io"] else None

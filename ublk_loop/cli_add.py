@@ -28,13 +28,20 @@ if TYPE_CHECKING:
 
 _SIZE_SUFFIXES = "KMGTPE"
 _SWITCH = click.Choice(["0", "1"])
-_KUBLK_WORDS = {
+_THEIR_WORDS = {
     "--user_copy": "--usercopy",
     "--zero_copy": "--zerocopy",
     # Ours has both by itself.
     "--auto_zc": "--zerocopy",
     "--auto_zc_fallback": "--zerocopy",
     "-s": "--size",
+    "--htlb": "--shmem",
+    "--rdonly_shmem_buf": "--shmem_read_only",
+}
+# How those servers work, or end, inside, and what they print. Nothing of it is to be chosen here.
+_NO_WORDS_HERE = {
+    *("--no_ublk_fixed_fd", "--per_io_tasks", "--rotate_auto_buf", "--quiet"),
+    *("--quiesce", "--clean_teardown", "--abandon_ring"),
 }
 TYPE_HELP = {
     "loop": """Serves a regular file or a block device.
@@ -65,10 +72,11 @@ Examples:
 \b
 Example:
   ublk add -t stripe --chunk_size 64K disk0.img disk1.img""",
-    "null": """Completes every request at once and stores nothing: for measuring.
+    "null": """Completes every request and stores nothing: for measuring.
 
 \b
   --size SIZE          the device's size; default: 250G
+  --delay_us US        how long each request takes, as on a slow disk; default: 0
 
 \b
 Example:
@@ -123,7 +131,7 @@ class _Add(click.Command):
     """``ublk add``, which takes the words of two other servers.
 
     ``-u`` and ``-g`` have a value in the reference server's words, and none in kublk's, the
-    kernel's test server.
+    kernel's test server. Its ``fault_inject`` is our ``null``.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -131,14 +139,18 @@ class _Add(click.Command):
 
 
 def _in_our_words(args: list[str]) -> Iterator[str]:
-    for arg, next_arg in zip(args, [*args[1:], ""], strict=True):
+    ours_has_it = {*_NO_WORDS_HERE, *(["--shmem_zc"] if "--htlb" in args else [])}
+    for last_arg, arg, next_arg in zip(["", *args[:-1]], args, [*args[1:], ""], strict=True):
         has_value = next_arg in ("0", "1")
+        word = "--" + arg[2:].replace("-", "_") if arg.startswith("--") else arg
         if arg == "-u" and not has_value:
             yield "--usercopy"
         elif arg == "-g" and not has_value:
             yield "--need_get_data=1"
-        else:
-            yield _KUBLK_WORDS.get(arg, arg)
+        elif arg == "fault_inject" and last_arg in ("-t", "--type"):
+            yield "null"
+        elif word not in ours_has_it:
+            yield _THEIR_WORDS.get(word, arg)
 
 
 @click.command(cls=_Add, short_help="Add a device and serve it.")
@@ -223,8 +235,10 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
     metavar="FILE",
     multiple=True,
     type=click.Path(),
-    help="loop: memory that a client maps too (tmpfs, hugetlbfs): requests in it need no copy.",
+    help="loop, null: memory that a client maps too (tmpfs, hugetlbfs): requests in it need no"
+    " copy.",
 )
+@click.option("--shmem_read_only", is_flag=True, help="The server only reads it: for writes.")
 @click.option(
     "--no_auto_part_scan", is_flag=True, help="Look for no partitions until blockdev --rereadpt."
 )
@@ -276,6 +290,12 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
     callback=parse_size,
     metavar="SIZE",
     help="stripe: what of one file is followed by the next; default: 64K.",
+)
+@click.option(
+    "--delay_us",
+    metavar="US",
+    type=click.IntRange(0, state.MAX_DELAY_US),
+    help="null: how long each request takes; default: 0.",
 )
 @click.option("--buffered_io", is_flag=True, help="loop, stripe: use the page cache.")
 @click.option("--direct_io", is_flag=True, help="loop, stripe: bypass the page cache.")

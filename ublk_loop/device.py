@@ -33,7 +33,7 @@ from .iothread import IoThread
 from .params import Params, params_for
 from .shmem import MAX_FILES, SharedMemory
 from .state import DATA_FLAGS, SharedFile
-from .target import LoopTarget, NativeTarget, Target, check_policy
+from .target import LoopTarget, NativeTarget, NullTarget, Target, check_policy
 from .workqueue import Workqueue
 
 if TYPE_CHECKING:
@@ -504,9 +504,11 @@ def _shmem_flags(files: Sequence[SharedFile], data: str, target: Target) -> int:
     # not mapped here, is for user copy.
     if not files:
         return 0
-    if data == "copy" or not isinstance(target, LoopTarget) or len(files) > MAX_FILES:
+    can_share = isinstance(target, LoopTarget | NullTarget)
+    if data == "copy" or not can_share or len(files) > MAX_FILES:
         raise ValueError(
-            f"up to {MAX_FILES} files can be shared with a loop target, and not with data mode copy"
+            f"up to {MAX_FILES} files can be shared with a loop or null target,"
+            " and not with data mode copy"
         )
     return uapi.UBLK_F_SHMEM_ZC | uapi.UBLK_F_USER_COPY
 

@@ -191,7 +191,9 @@ def _build_target(spec: TargetSpec) -> Target:
         )
     if spec.nr_bytes is None:
         raise ValueError(f"a {spec.type} target needs a size")
-    return NullTarget(spec.nr_bytes) if spec.type == "null" else RamTarget(spec.nr_bytes)
+    if spec.type == "null":
+        return NullTarget(spec.nr_bytes, delay_us=spec.delay_us)
+    return RamTarget(spec.nr_bytes)
 
 
 def _needed_capabilities(spec: TargetSpec) -> list[int]:

@@ -12,12 +12,12 @@ requests in question are copied.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
+from dataclasses import replace
 
-from ._uring import lib
+from ._uring import ffi, lib
 from .control import Control
 from .errors import BackingFileError, DriverError
 from .params import PAGE_BYTES
@@ -35,8 +35,10 @@ class SharedMemory:
     """
 
     def __init__(self, file: SharedFile) -> None:
+        mode = os.O_RDONLY if file.read_only else os.O_RDWR
+        protection = mmap.PROT_READ | (0 if file.read_only else mmap.PROT_WRITE)
         try:
-            fd = os.open(file.path, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(file.path, mode | os.O_CLOEXEC)
         except OSError as error:
             raise BackingFileError(error.errno or errno.EIO, file.path) from None
         try:
@@ -47,14 +49,14 @@ class SharedMemory:
                 raise BackingFileError(
                     errno.EINVAL, file.path, f"its {found.st_size} bytes are not 1 page to 4 GiB"
                 )
-            self._memory = mmap.mmap(fd, found.st_size)
+            self._memory = mmap.mmap(fd, found.st_size, prot=protection)
         finally:
             os.close(fd)
-        self.file = SharedFile(file.path, found.st_dev, found.st_ino)
+        self.file = replace(file, dev=found.st_dev, ino=found.st_ino)
         self.nr_bytes = found.st_size
-        self._first_byte: ctypes.c_char | None = ctypes.c_char.from_buffer(self._memory)
+        self._view = ffi.from_buffer(self._memory)
         #: where it is mapped
-        self.address = ctypes.addressof(self._first_byte)
+        self.address = int(ffi.cast("uintptr_t", self._view))
 
     def register(self, control: Control, dev_id: int) -> int:
         """Have the driver recognize its pages; return the buffer's index.
@@ -62,7 +64,9 @@ class SharedMemory:
         :raises DriverError: EOPNOTSUPP without UBLK_F_SHMEM_ZC; EFAULT if it is not in memory.
         """
         try:
-            return control.reg_buf(dev_id, self.address, self.nr_bytes)
+            return control.reg_buf(
+                dev_id, self.address, self.nr_bytes, read_only=self.file.read_only
+            )
         except DriverError as error:
             if error.errno == errno.EFAULT:
                 hint = f"{self.file.path} is not in memory: use a file of tmpfs or hugetlbfs"
@@ -71,7 +75,7 @@ class SharedMemory:
 
     def close(self) -> None:
         """Unmap it; the native target must be closed before."""
-        self._first_byte = None  # or the mapping counts as in use
+        ffi.release(self._view)  # or the mapping counts as in use
         self._memory.close()
 
 

@@ -42,6 +42,7 @@ MAX_POLL_US = 1_000_000
 MAX_DEADLINE_S = 86_400
 TARGET_TYPES = ("loop", "null", "ram", "stripe")
 MAX_STRIPE_FILES = 16
+MAX_DELAY_US = 3_600_000_000
 CHUNK_BYTES = 65536  # of a stripe, as kublk has it
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
@@ -66,15 +67,20 @@ class TargetSpec:
     logical_bs: int | None = None
     stripe_paths: tuple[str, ...] = ()
     chunk_bytes: int = CHUNK_BYTES
+    delay_us: int = 0
 
 
 @dataclass(frozen=True)
 class SharedFile:
-    """Memory of clients; ``dev`` and ``ino`` of 0: not opened yet, else what it has to be."""
+    """Memory of clients; ``dev`` and ``ino`` of 0: not opened yet, else what it has to be.
+
+    ``read_only``: the server only reads it.
+    """
 
     path: str
     dev: int = 0
     ino: int = 0
+    read_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,11 +259,13 @@ def parse_options(value: JsonValue) -> DeviceOptions:
 
 
 def _parse_shared_file(value: JsonValue) -> SharedFile:
-    fields = Fields("a shared file", value, *SharedFile.__dataclass_fields__)
+    names = SharedFile.__dataclass_fields__
+    fields = Fields("a shared file", value, *names, defaults={"read_only": False})
     file = SharedFile(
         path=fields.text("path"),
         dev=fields.integer("dev", 0, (1 << 64) - 1),
         ino=fields.integer("ino", 0, (1 << 64) - 1),
+        read_only=fields.boolean("read_only"),
     )
     if not os.path.isabs(file.path):
         raise ValueError("a shared file: path is not absolute")
@@ -280,6 +288,7 @@ def parse_spec(value: JsonValue) -> TargetSpec:
         logical_bs=fields.optional_integer("logical_bs", 512, 4096),
         stripe_paths=fields.texts("stripe_paths", MAX_STRIPE_FILES),
         chunk_bytes=fields.integer("chunk_bytes", 4096, 524288),
+        delay_us=fields.integer("delay_us", 0, MAX_DELAY_US),
     )
     paths = {"loop": (spec.path,), "stripe": spec.stripe_paths}.get(spec.type, ())
     if not all(os.path.isabs(path) for path in paths):

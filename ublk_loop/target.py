@@ -218,16 +218,20 @@ class NativeTarget:
 
 
 class NullTarget(Target):
-    """Completes everything at once and stores nothing; for measuring the rest.
+    """Completes everything and stores nothing; for measuring the rest.
 
     :param size: bytes, a positive multiple of 512.
+    :param delay_us: how long each request takes; 0: it is completed at once.
     """
 
     name = "null"
 
-    def __init__(self, size: int = 250 << 30) -> None:
+    def __init__(self, size: int = 250 << 30, *, delay_us: int = 0) -> None:
         _check_size(size, self.logical_bs)
+        if delay_us < 0:
+            raise ValueError(f"delay {delay_us} is negative")
         self.size = size
+        self._delay_us = delay_us
 
     has_volatile_cache = False
     can_discard = True
@@ -237,6 +241,7 @@ class NullTarget(Target):
     def _native_config(self) -> Iterator[ul_target_config]:
         config = ffi.new("struct ul_target_config *")
         config.kind = lib.UL_TARGET_NULL
+        config.delay_ns = self._delay_us * 1000
         yield config
 
 

@@ -336,6 +336,49 @@ def test_del_of_all_and_async_leave_no_device(here: Here, state_dir: Path) -> No
     assert os.listdir(state_dir) == []
 
 
+def test_stop_keeps_the_number_of_a_device_that_nobody_uses(here: Here, open_block: Any) -> None:
+    added = _document(_succeed(here("add -t null --json")))
+    dev_id = added["dev_id"]
+    with open_block(added["block_device"]):
+        for word in ("", "--safe"):
+            assert "resource busy" in here(f"stop {word} -n", dev_id).stderr
+        assert os.path.exists(added["block_device"])
+    _succeed(here("stop --safe -n", dev_id))
+    [stopped] = json.loads(_succeed(here("list --json -n", dev_id)))
+    assert (stopped["state"], stopped["dev_id"]) == ("DEAD", dev_id)
+    assert not os.path.exists(added["block_device"])
+    assert _exit_code(added["server_pid"]) == 0
+    assert "File exists" in _fail(here("add -t null -n", dev_id))
+    _succeed(here("del -n", dev_id))
+    assert _is_gone(dev_id)
+
+
+def test_requests_of_a_slow_null_device_end_late_or_with_its_server(
+    here: Here, open_block: Any, wait_until: WaitUntil, features: int
+) -> None:
+    added = _document(_succeed(here("add -t fault_inject --json --size 1M --delay_us 1000")))
+    with open_block(added["block_device"]) as client:
+        assert client.write(0, bytes(8192)) == 8192
+        assert len(client.read(4096, 8192)) == 8192
+        client.discard(0, 1 << 20)
+    _succeed(here("del -n", added["dev_id"]))
+
+    if not features & uapi.UBLK_F_NO_AUTO_PART_SCAN:
+        return  # an add that looks for partitions would wait for them
+    words = "--size 1M --delay_us 3600000000 --no_auto_part_scan"
+    added = _document(_succeed(here(f"add -t null --json {words}")))
+    inflight = Path(f"/sys/block/ublkb{added['dev_id']}/inflight")
+    client = subprocess.Popen(
+        ["dd", f"if={added['block_device']}", "of=/dev/null", "bs=4k", "iflag=direct"],
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: inflight.read_text().split() != ["0", "0"])
+    os.kill(added["server_pid"], signal.SIGKILL)
+    assert client.wait(30) == 1
+    assert _exit_code(added["server_pid"]) == -signal.SIGKILL
+    _succeed(here("del -n", added["dev_id"]))
+
+
 def test_set_affinity_moves_the_queues_thread(here: Here) -> None:
     added = _document(_succeed(here("add -t null --json")))
     dev_id, tid = added["dev_id"], added["queues"][0]["tid"]

@@ -16,7 +16,7 @@ from ublk_loop import uapi
 from ublk_loop.errors import BackingFileError, DriverError
 from ublk_loop.shmem import SharedMemory
 from ublk_loop.state import DATA_FLAGS, SharedFile
-from ublk_loop.target import LoopTarget
+from ublk_loop.target import LoopTarget, NullTarget
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -145,6 +145,28 @@ def test_requests_in_shared_memory_are_served_from_it(
         assert after.nr_shared - before.nr_shared == 2
         assert path.read_bytes()[512 * KIB : 640 * KIB] == pattern(MIB)[128 * KIB : 256 * KIB]
         dev.delete()
+
+
+def test_read_only_shared_memory_serves_writes_and_takes_no_reads(
+    device, backing_file, open_block, pattern, features, shared
+) -> None:
+    if not features & uapi.UBLK_F_SHMEM_ZC:
+        return  # refused, as above
+    shared_path, memory = shared
+    files = [SharedFile(str(shared_path), read_only=True)]
+    null = device(NullTarget(MIB), shared_files=files)
+    with open_block(null.block_path) as client, memoryview(memory) as view:
+        assert os.pwritev(client.fd, [view[: 64 * KIB]], 0) == 64 * KIB
+    dev = device(LoopTarget(backing_file(MIB, pattern(MIB))), shared_files=files)
+    with open_block(dev.block_path) as client, memoryview(memory) as view:
+        before = dev.hctxs[0].stats()
+        with view[: 64 * KIB] as buffer:
+            assert os.preadv(client.fd, [buffer], 128 * KIB) == len(buffer)
+            assert buffer == pattern(MIB)[128 * KIB : 192 * KIB]
+            assert dev.hctxs[0].stats().nr_shared == before.nr_shared
+            assert os.pwritev(client.fd, [buffer], 512 * KIB) == len(buffer)
+            assert dev.hctxs[0].stats().nr_shared == before.nr_shared + 1
+        assert client.read(512 * KIB, 64 * KIB) == pattern(MIB)[128 * KIB : 192 * KIB]
 
 
 def test_a_file_on_a_disk_or_of_an_odd_size_is_not_shared(

@@ -25,6 +25,9 @@ def test_tables_are_read_as_the_words_of_ublk_add() -> None:
     shmem = ["/dev/shm/a", "/dev/shm/b"]
     [device.12]
     type = "null"
+    [device.13]
+    type = "stripe"
+    file = ["/srv/a.img", "/srv/b.img"]
     """
     assert boot.parse(text.encode()) == {
         0: (
@@ -32,6 +35,7 @@ def test_tables_are_read_as_the_words_of_ublk_add() -> None:
             *("--size=1G", "--shmem=/dev/shm/a", "--shmem=/dev/shm/b"),
         ),
         12: ("-n", "12", "--type=null"),
+        13: ("-n", "13", "--type=stripe", "--file=/srv/a.img", "--file=/srv/b.img"),
     }
 
 
@@ -61,6 +65,7 @@ def test_tables_are_read_as_the_words_of_ublk_add() -> None:
         ('"\\u001b[2J" = 1', r"unknown: \x1b[2J"),
         ("[device.0]\ntype = 'loop'\nfile = '/d'\nshmem = ['a']", "a is not an absolute path"),
         ("[device.0]\ntype = 'loop'\nfile = '/d'\nshmem = [['a']]", "shmem is neither"),
+        ("[device.0]\ntype = 'stripe'\nfile = ['/a', 'b']", "b is not an absolute path"),
         ("[device.0]\ntype = 'ram'", "device.0: -t ram needs --size"),
     ],
 )

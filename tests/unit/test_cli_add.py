@@ -58,6 +58,45 @@ def test_add_takes_the_file_as_the_kernels_own_test_server_does(requests: list[R
     assert (request.spec.path, request.options.nr_hw_queues) == ("/srv/d.img", 2)
 
 
+def test_add_of_a_stripe_takes_its_files_in_order(requests: list[Request]) -> None:
+    for line in (
+        "/srv/b.img /srv/a.img",
+        "-f /srv/b.img -f /srv/a.img",
+        "-f /srv/b.img /srv/a.img",
+    ):
+        assert ublk("add", "-t", "stripe", "--chunk_size", "16K", *line.split()).exit_code == 0
+    assert ublk("add", "-t", "stripe", "/srv/a.img").exit_code == 0
+    specs = [request.spec for request in requests]
+    assert {spec.stripe_paths for spec in specs[:3]} == {("/srv/b.img", "/srv/a.img")}
+    assert [spec.chunk_bytes for spec in specs] == [16384, 16384, 16384, 65536]
+
+
+def test_add_takes_words_that_say_how_other_servers_work_inside(requests: list[Request]) -> None:
+    assert ublk("add", "-t", "null", "-r", "1").exit_code == 0
+    words = "--per_io_tasks --no_ublk_fixed_fd --rotate_auto_buf --quiet --quiesce"
+    assert ublk(*f"add -t null -r 1 {words} --clean-teardown --abandon-ring".split()).exit_code == 0
+    assert requests[0] == requests[1]
+
+
+def test_add_takes_the_kernels_own_test_servers_slow_target(requests: list[Request]) -> None:
+    assert ublk(*["add", "-t", "fault_inject", "-q", "2", "--delay_us", "2000000"]).exit_code == 0
+    (request,) = requests
+    assert (request.spec.type, request.spec.delay_us) == ("null", 2_000_000)
+
+
+def test_add_takes_the_kernels_own_test_servers_words_for_shared_memory(
+    requests: list[Request],
+) -> None:
+    line = "add -t null --shmem_zc --htlb /huge/buffer"
+    assert ublk(*line.split()).exit_code == 0
+    assert ublk(*line.split(), "--rdonly_shmem_buf").exit_code == 0
+    files = [request.options.shared_files for request in requests]
+    assert [[(file.path, file.read_only) for file in each] for each in files] == [
+        [("/huge/buffer", False)],
+        [("/huge/buffer", True)],
+    ]
+
+
 def test_add_takes_the_reference_servers_options(requests: list[Request]) -> None:
     line = (
         "add -t loop -q 4 -d64 -n 7 -r 1 -i 1 --usercopy --max_io_buf_bytes 1048576 --buffered_io"
@@ -187,6 +226,17 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         "add -t loop -f /srv/d.img -o -1",
         "add -t loop -f /srv/d.img -o 18014398509481984",
         "add -t null --shmem_zc",
+        "add -t loop -f /srv/d.img --delay_us 1",
+        "add -t null --delay_us -1",
+        "add -t loop -f /srv/d.img --chunk_size 64K",
+        "add -t loop /srv/d.img /srv/e.img",
+        "add -t stripe",
+        "add -t stripe --size 1G /srv/d.img /srv/e.img",
+        "add -t stripe --chunk_size 2048 /srv/d.img /srv/e.img",
+        "add -t stripe --chunk_size 96K /srv/d.img /srv/e.img",
+        "add -t stripe --chunk_size 1M /srv/d.img /srv/e.img",
+        "add -t stripe -R /srv/d.img /srv/e.img",
+        f"add -t stripe {'/srv/d.img ' * 17}",
         "add -t null extra",
         "add -t loop -f /srv/d.img /srv/d.img",
     ],

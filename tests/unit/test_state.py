@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ublk_loop import state
+from ublk_loop._uring import lib
 from ublk_loop.errors import DaemonError
 from ublk_loop.state import DeviceOptions, DeviceState, QueueState, TargetSpec
 
@@ -54,6 +55,21 @@ def _refusal(document: object) -> str:
 def test_state_is_the_same_when_read_again() -> None:
     state.write(STATE)
     assert state.read(STATE.dev_id) == STATE
+
+
+def test_state_takes_as_many_files_of_a_stripe_as_its_target_does() -> None:
+    assert state.MAX_STRIPE_FILES == lib.UL_STRIPE_MAX
+
+
+def test_state_of_a_stripe_is_the_same_when_read_again() -> None:
+    spec = TargetSpec("stripe", stripe_paths=("/srv/a", "/srv/b"), chunk_bytes=4096)
+    state.write(dataclasses.replace(STATE, spec=spec))
+    assert state.read(STATE.dev_id) == dataclasses.replace(STATE, spec=spec)
+    document = _document()
+    document["spec"] = {"type": "stripe", "stripe_paths": ["/srv/a", "b"], "path": ""}
+    assert "path is not absolute" in _refusal(document)
+    document["spec"]["stripe_paths"] = ["/srv/a", 5]
+    assert "stripe_paths is not a list of texts" in _refusal(document)
 
 
 def test_state_replaces_the_older_one_and_leaves_no_scratch_file(state_dir: Path) -> None:

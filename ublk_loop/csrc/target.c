@@ -430,6 +430,12 @@ static int32_t loop_execute(const struct ul_target *t, struct ul_request *req)
 	}
 }
 
+/* A discard's length may not fit a result; 0 says as much. */
+static int32_t null_execute(const struct ul_request *req)
+{
+	return ul_op_has_data(req->op) ? req->nr_bytes : 0;
+}
+
 /* ---- what a request does to the files of a stripe ---- */
 
 /* A request's data: chunk by chunk, from one file to the next. */
@@ -496,6 +502,8 @@ static int32_t stripe_each(const struct ul_target_config *config,
 
 static int32_t target_execute(const struct ul_target *t, struct ul_request *req)
 {
+	if (t->config.kind == UL_TARGET_NULL)
+		return null_execute(req);
 	if (t->config.kind != UL_TARGET_STRIPE)
 		return loop_execute(t, req);
 	if (ul_op_has_data(req->op))
@@ -954,6 +962,18 @@ static enum ul_rq_status target_queue_auto(struct ul_target *t,
 	}
 }
 
+static enum ul_rq_status target_queue_null(const struct ul_target *t,
+					   struct ul_workqueue *wq,
+					   struct ul_request *req)
+{
+	if (t->config.delay_ns) {
+		ul_work_queue_delayed(wq, &req->work, t->config.delay_ns, 0);
+		return UL_RQ_QUEUED;
+	}
+	ul_hctx_end(req, null_execute(req));
+	return UL_RQ_DONE;
+}
+
 enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 				     struct ul_workqueue *wq,
 				     struct ul_plug *plug,
@@ -968,11 +988,8 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 		req->res = -EIO;
 		return UL_RQ_DONE;
 	}
-	if (t->config.kind == UL_TARGET_NULL) {
-		/* A discard's length may not fit a result; 0 says as much. */
-		ul_hctx_end(req, ul_op_has_data(req->op) ? req->nr_bytes : 0);
-		return UL_RQ_DONE;
-	}
+	if (t->config.kind == UL_TARGET_NULL)
+		return target_queue_null(t, wq, req);
 	if (t->config.policy == UL_POLICY_AUTO)
 		status = target_queue_auto(t, plug, req);
 	if (status == UL_RQ_QUEUED)

@@ -177,6 +177,7 @@ struct ul_target_config {
 	uint64_t	offset_bytes;	/* loop: the device's start in the file */
 	uint64_t	dev_nr_bytes;	/* loop: how much of it is mapped */
 	uint64_t	cookie;		/* python: handed out with each work */
+	uint64_t	delay_ns;	/* null: how long each request takes */
 	uint32_t	nr_parts;	/* stripe */
 	uint32_t	chunk_bytes;	/* stripe: a power of 2 */
 	struct ul_target *parts[UL_STRIPE_MAX];	/* stripe: loops, borrowed */
