@@ -336,13 +336,16 @@ def test_del_of_all_and_async_leave_no_device(here: Here, state_dir: Path) -> No
     assert os.listdir(state_dir) == []
 
 
-def test_stop_keeps_the_number_of_a_device_that_nobody_uses(here: Here, open_block: Any) -> None:
+def test_stop_keeps_the_number_of_a_device_that_nobody_uses(here: Here) -> None:
     added = _document(_succeed(here("add -t null --json")))
     dev_id = added["dev_id"]
-    with open_block(added["block_device"]):
+    with open(added["block_device"], "rb") as device:
+        user = subprocess.Popen(["sleep", "60"], stdin=device)
+    with user:
         for word in ("", "--safe"):
             assert "resource busy" in here(f"stop {word} -n", dev_id).stderr
         assert os.path.exists(added["block_device"])
+        user.kill()
     _succeed(here("stop --safe -n", dev_id))
     [stopped] = json.loads(_succeed(here("list --json -n", dev_id)))
     assert (stopped["state"], stopped["dev_id"]) == ("DEAD", dev_id)

@@ -152,7 +152,8 @@ def _files_of(pid: int) -> list[int]:
     pidfd = os.pidfd_open(pid)
     try:
         fds = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
-        return [ctypes.CDLL(None).syscall(pidfd_getfd, pidfd, fd, 0) for fd in fds]
+        copies = [ctypes.CDLL(None).syscall(pidfd_getfd, pidfd, fd, 0) for fd in fds]
+        return [fd for fd in copies if fd >= 0]  # else it has closed that meanwhile
     finally:
         os.close(pidfd)
 
