@@ -46,8 +46,12 @@ def disk_folder(driver: None, run: Callable[..., str], mounted: Any) -> Iterator
 
 @pytest.fixture
 def squeezed(leaves_nothing: object) -> Iterator[Cgroup]:
-    """Where little memory is."""
-    with cgroup("ublk-loop-test", memory_max=LIMIT_BYTES) as made:
+    """Where little memory is: who wants more has to wait.
+
+    Above memory.max it would be killed, should for a moment no page be free and none be written
+    back: until a killed server has a successor none can be.
+    """
+    with cgroup("ublk-loop-test", memory_high=LIMIT_BYTES) as made:
         yield made
 
 
