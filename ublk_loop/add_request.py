@@ -187,7 +187,7 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
 def _chunk_bytes(nr_bytes: int | None) -> int:
     if nr_bytes is None:
         return state.CHUNK_BYTES
-    if not 4096 <= nr_bytes <= 524288 or nr_bytes & (nr_bytes - 1):
+    if not state.is_chunk(nr_bytes):
         raise click.UsageError("--chunk_size is a power of 2 from 4096 to 524288")
     return nr_bytes
 

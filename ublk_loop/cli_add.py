@@ -139,7 +139,7 @@ class _Add(click.Command):
 
 
 def _in_our_words(args: list[str]) -> Iterator[str]:
-    ours_has_it = {*_NO_WORDS_HERE, *(["--shmem_zc"] if "--htlb" in args else [])}
+    meaningless = {*_NO_WORDS_HERE, *(["--shmem_zc"] if "--htlb" in args else [])}
     for last_arg, arg, next_arg in zip(["", *args[:-1]], args, [*args[1:], ""], strict=True):
         has_value = next_arg in ("0", "1")
         word = "--" + arg[2:].replace("-", "_") if arg.startswith("--") else arg
@@ -149,7 +149,7 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
             yield "--need_get_data=1"
         elif arg == "fault_inject" and last_arg in ("-t", "--type"):
             yield "null"
-        elif word not in ours_has_it:
+        elif word not in meaningless:
             yield _THEIR_WORDS.get(word, arg)
 
 

@@ -212,6 +212,11 @@ class Daemon:
         """Take over a server that was just started."""
         self._supervised(dev_id).take(server)
 
+    def ended(self) -> None:
+        """Count out what was under way and is answered, and have a child wait for the next."""
+        self.nr_under_way -= 1
+        self.standby.refill()
+
     def _status(self) -> dict[str, Any]:
         devices = [
             {
@@ -252,9 +257,8 @@ class Adding:
         self._fail(DaemonError(errno.EINTR, "add"))
 
     def _done(self, reply: Reply) -> None:
-        self._daemon.nr_under_way -= 1
         self._reply(reply)
-        self._daemon.standby.refill()
+        self._daemon.ended()
 
     def _reported(self) -> None:
         launch = self._launch
@@ -327,13 +331,12 @@ class Running:
 
     def _ended(self) -> None:
         let_go(self._loop, self._child)
-        self._daemon.nr_under_way -= 1
         try:
             reply = protocol.parse_reply(self._answer)
         except ValueError:
             reply = Reply(1, err="ublk: the command died; the daemon's log says more\n")
         self._done(reply)
-        self._daemon.standby.refill()
+        self._daemon.ended()
 
 
 class _Session:

@@ -44,6 +44,7 @@ TARGET_TYPES = ("loop", "null", "ram", "stripe")
 MAX_STRIPE_FILES = 16
 MAX_DELAY_US = 3_600_000_000
 CHUNK_BYTES = 65536  # of a stripe, as kublk has it
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 4096, 524288
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
 Json: TypeAlias = "dict[str, JsonValue]"
@@ -272,6 +273,11 @@ def _parse_shared_file(value: JsonValue) -> SharedFile:
     return file
 
 
+def is_chunk(nr_bytes: int) -> bool:
+    """Whether a stripe can have chunks of ``nr_bytes``: a power of 2 in their range."""
+    return MIN_CHUNK_BYTES <= nr_bytes <= MAX_CHUNK_BYTES and not nr_bytes & (nr_bytes - 1)
+
+
 def parse_spec(value: JsonValue) -> TargetSpec:
     """Return the target that a JSON object holds. :raises ValueError: what is wrong with it."""
     defaults: Json = {**asdict(TargetSpec("")), "stripe_paths": []}
@@ -287,7 +293,7 @@ def parse_spec(value: JsonValue) -> TargetSpec:
         limit_bytes=fields.optional_integer("limit_bytes", 1, (1 << 63) - 1),
         logical_bs=fields.optional_integer("logical_bs", 512, 4096),
         stripe_paths=fields.texts("stripe_paths", MAX_STRIPE_FILES),
-        chunk_bytes=fields.integer("chunk_bytes", 4096, 524288),
+        chunk_bytes=fields.integer("chunk_bytes", MIN_CHUNK_BYTES, MAX_CHUNK_BYTES),
         delay_us=fields.integer("delay_us", 0, MAX_DELAY_US),
     )
     paths = {"loop": (spec.path,), "stripe": spec.stripe_paths}.get(spec.type, ())

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._uring import ffi, lib
 from .errors import BackingFileError, check
+from .state import CHUNK_BYTES, is_chunk
 from .uapi import (
     UBLK_IO_OP_DISCARD,
     UBLK_IO_OP_FLUSH,
@@ -509,13 +510,13 @@ class StripeTarget(Target):
         self,
         paths: Sequence[str],
         *,
-        chunk_bytes: int = 65536,
+        chunk_bytes: int = CHUNK_BYTES,
         nr_bytes: int | None = None,
         direct: bool | None = None,
     ) -> None:
         if not 1 <= len(paths) <= lib.UL_STRIPE_MAX:
             raise ValueError(f"{len(paths)} files are not 1 to {lib.UL_STRIPE_MAX}")
-        if not 4096 <= chunk_bytes <= 524288 or chunk_bytes & (chunk_bytes - 1):
+        if not is_chunk(chunk_bytes):
             raise ValueError(f"chunk size {chunk_bytes} is not a power of 2 from 4096 to 524288")
         self._chunk_bytes = chunk_bytes
         self._parts: list[LoopTarget] = []
