@@ -20,7 +20,7 @@ import click
 
 from . import client, listing, protocol, state, uapi
 from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, request_of
-from .cli_base import CONTEXT, ask, cli
+from .cli_base import CONTEXT, ask, cli, warn
 from .state import TargetSpec
 
 if TYPE_CHECKING:
@@ -343,11 +343,11 @@ def add(**given: Any) -> None:
         if exit_code is not None:
             sys.exit(exit_code)
     describe = partial(listing.shown, as_json=given["as_json"], two_lines=client.two_lines())
-    click.echo(launch.launch(request_of(given), describe), nl=False)
+    click.echo(launch.launch(request_of(given), describe, on_warning=warn), nl=False)
 
 
 def add_device(words: Iterable[str]) -> dict[str, Any]:
-    """Do ``ublk add WORDS``, print nothing, and return the device's document.
+    """Do ``ublk add WORDS``, print nothing but warnings, and return the device's document.
 
     :raises click.ClickException: the words are wrong.
     """
@@ -360,8 +360,10 @@ def add_device(words: Iterable[str]) -> dict[str, Any]:
         client.start()
         reply = ask(protocol.Add(tuple(words), os.getcwd()))
         if reply is not None:
+            click.echo(reply.err, err=True, nl=False)
             return _document(reply.out)
-    return _document(launch.launch(request, partial(listing.shown, as_json=True)))
+    describe = partial(listing.shown, as_json=True)
+    return _document(launch.launch(request, describe, on_warning=warn))
 
 
 def _document(text: str) -> dict[str, Any]:
@@ -427,10 +429,14 @@ def _serve_here(request: Request, as_json: bool) -> None:
 
     logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
 
+    def on_added(dev_id: int, sysfs_ino: int, warning: str) -> None:
+        if warning:
+            warn(warning)
+
     def on_live(dev_id: int, text: str) -> None:
         set_scheduler(dev_id)
         click.echo(text, nl=False)
         sys.stdout.flush()
 
     show = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
-    server.serve(lambda: request, show, lambda dev_id, sysfs_ino: None, on_live)
+    server.serve(lambda: request, show, on_added, on_live)

@@ -87,6 +87,11 @@ def tried(dev_id: int, function: Callable[[], Any]) -> dict[str, Any]:
         return {"dev_id": dev_id, "done": None, "error": str(error)}
 
 
+def warn(text: str) -> None:
+    """Print a line that is no error."""
+    click.echo(f"ublk: warning: {text}", err=True)
+
+
 def exit_if_failed(done: list[dict[str, Any]]) -> None:
     """End with 1 if one of what was done to devices has an error."""
     if any(one["error"] for one in done):

@@ -271,7 +271,8 @@ class Adding:
             self._close()
             self._daemon.added(launch.dev_id, launch.process)
             _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
-            self._done(Reply(out=launch.live))
+            warning = f"ublk: warning: {launch.warning}\n" if launch.warning else ""
+            self._done(Reply(out=launch.live, err=warning))
             _set_scheduler_apart(self._loop, launch.dev_id)
 
     def _timed_out(self) -> None:

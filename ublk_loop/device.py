@@ -107,6 +107,8 @@ class Device:
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
         self.shared_files: tuple[SharedFile, ...] = ()
+        # What to tell whoever adds it; empty: nothing.
+        self.warning = ""
         self._recovering = False
         self._ended = threading.Event()
         self._nr_ended = 0
@@ -187,6 +189,7 @@ class Device:
                 )
             if info.flags & uapi.UBLK_F_UNPRIVILEGED_DEV:
                 _wait_until_ours(device.char_path, timeout_s)
+            device.warning = target.mark(info.dev_id)
             control.set_params(info.dev_id, params)
             device._prepare(timeout_s, shared_files)
         except BaseException:
@@ -217,6 +220,7 @@ class Device:
         """
         with _closed_on_error(target):
             check_policy(policy)
+            target.mark(dev_id)
             control.start_user_recovery(dev_id, timeout_s=timeout_s)
             info = control.get_dev_info(dev_id)
         device = cls(control, target, info, policy, poll_us, nr_threads, sandbox)

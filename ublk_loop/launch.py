@@ -14,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import select
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 from . import listing, protocol, server, state
@@ -27,6 +29,8 @@ from .process import ServerProcess, fork, hold_signals
 LAUNCH_TIMEOUT_S = server.ADD_TIMEOUT_S + server.START_TIMEOUT_S + server.NODE_TIMEOUT_S + 10
 LEAVE_TIMEOUT_S = 2 * server.STOP_TIMEOUT_S
 NR_LAST_WORDS = 5
+
+_log = logging.getLogger(__name__)
 
 
 class Launch:
@@ -44,6 +48,7 @@ class Launch:
         self.report_fd = report_fd
         self.live: Any = None
         self.is_live = False
+        self.warning = ""
         self._is_recovery = is_recovery
         self._words_fd = words_fd
         self._pending = b""
@@ -90,6 +95,8 @@ class Launch:
             report = json.loads(line)
             if "added" in report:
                 self._added = report["added"]
+            elif "warning" in report:
+                self.warning = report["warning"]
             elif "live" in report:
                 self.live, self.is_live = report["live"], True
             elif "error" in report:
@@ -156,7 +163,11 @@ class Launch:
 
 
 def launch(
-    request: server.Request, describe: server.Describe, timeout_s: float = LAUNCH_TIMEOUT_S
+    request: server.Request,
+    describe: server.Describe,
+    timeout_s: float = LAUNCH_TIMEOUT_S,
+    *,
+    on_warning: Callable[[str], None] = _log.warning,
 ) -> Any:
     """Fork a server, wait until its device is live and return what ``describe`` said of it.
 
@@ -166,15 +177,26 @@ def launch(
     def serve(on_added: server.OnAdded, on_live: server.OnLive) -> None:
         server.serve(lambda: request, describe, on_added, on_live)
 
-    return launch_server(request.what, serve, is_recovery=request.recover, timeout_s=timeout_s)
+    return launch_server(
+        request.what,
+        serve,
+        is_recovery=request.recover,
+        timeout_s=timeout_s,
+        on_warning=on_warning,
+    )
 
 
 def launch_server(
-    what: str, serve: server.Serve, *, is_recovery: bool, timeout_s: float = LAUNCH_TIMEOUT_S
+    what: str,
+    serve: server.Serve,
+    *,
+    is_recovery: bool,
+    timeout_s: float = LAUNCH_TIMEOUT_S,
+    on_warning: Callable[[str], None] = _log.warning,
 ) -> Any:
     """Fork a server that runs ``serve``, wait until its device is live and return what it reported.
 
-    The device has no scheduler then.
+    The device has no scheduler then. ``on_warning`` is called with what the server warns of.
 
     If this raises, no device, process or state file is left (of a
     recovery: the device waits for the next one).
@@ -196,6 +218,8 @@ def launch_server(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait_live(launched, time.monotonic() + timeout_s)
         set_scheduler(launched.dev_id)
+        if launched.warning:
+            on_warning(launched.warning)
         return launched.live
     except BaseException:
         launched.abandon()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .target import Target
 
     Describe = Callable[[DevInfo, Params, DeviceState], Any]
-    OnAdded = Callable[[int, int], None]
+    OnAdded = Callable[[int, int, str], None]
     OnLive = Callable[[int, Any], None]
     Serve = Callable[[OnAdded, OnLive], None]
 
@@ -43,7 +43,7 @@ ADD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 NODE_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S = 20.0  # of the backing by a dead server, whose I/O may still be under way
-REUSE_TIMEOUT_S = 1.0  # the same for a new device: more likely somebody else uses it
+REUSE_TIMEOUT_S = 2.0  # of a file by somebody else; udev looks at each new device for a moment
 STOP_TIMEOUT_S = 30.0
 LEAVE_TIMEOUT_S = 30.0
 # Finish what is in flight and go; the device stays, for another server: handover.py.
@@ -95,8 +95,8 @@ def check_flags(flags: int, supported: int, features: int) -> None:
 def serve(
     find_request: Callable[[], Request],
     describe: Describe,
-    on_added: Callable[[int, int], None],
-    on_live: Callable[[int, Any], None],
+    on_added: OnAdded,
+    on_live: OnLive,
 ) -> None:
     """Serve a device until it is stopped from outside, or SIGTERM or SIGINT ends and deletes it.
 
@@ -104,7 +104,8 @@ def serve(
     device's scheduler (:func:`.device.set_scheduler`) once it is live.
 
     :param find_request: returns what to serve; called when all is done that does not depend on it.
-    :param on_added: called with the dev_id and the inode in sysfs once the device exists.
+    :param on_added: called with the dev_id, the inode in sysfs, and a warning or an empty text,
+        once the device exists.
     :param on_live: called with the dev_id and what ``describe`` returned. If it raises, the device
         is deleted.
     :raises UblkLoopError: what went wrong; before the device was live, it has been deleted again.
@@ -142,7 +143,7 @@ def _wait_for_target(request: Request) -> Target:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return _build_target(request.spec)
+            return _build_target(request)
         except BackingFileError as error:
             if error.errno != errno.EBUSY or time.monotonic() >= deadline:
                 raise
@@ -154,12 +155,12 @@ def _start(
     target: Target,
     request: Request,
     sandbox: Sandbox,
-    on_added: Callable[[int, int], None],
+    on_added: OnAdded,
 ) -> tuple[Device, DeviceState, Params]:
     device = _make_device(control, target, request, sandbox)
     try:
         known = _state_of(device, request)
-        on_added(known.dev_id, known.sysfs_ino)
+        on_added(known.dev_id, known.sysfs_ino, device.warning)
         state.write(known)
         device.start(START_TIMEOUT_S, scheduler=None)
         _wait_for_node(device.block_path)
@@ -169,9 +170,11 @@ def _start(
         raise
 
 
-def _build_target(spec: TargetSpec) -> Target:
+def _build_target(request: Request) -> Target:
     from .target import LoopTarget, NullTarget, RamTarget, StripeTarget
 
+    spec = request.spec
+    recovers = request.dev_id if request.recover else None
     if spec.type == "loop":
         return LoopTarget(
             spec.path,
@@ -181,6 +184,7 @@ def _build_target(spec: TargetSpec) -> Target:
             read_only=spec.read_only,
             limit_bytes=spec.limit_bytes,
             logical_bs=spec.logical_bs,
+            recovers=recovers,
         )
     if spec.type == "stripe":
         return StripeTarget(
@@ -188,6 +192,7 @@ def _build_target(spec: TargetSpec) -> Target:
             chunk_bytes=spec.chunk_bytes,
             nr_bytes=spec.nr_bytes,
             direct=spec.direct,
+            recovers=recovers,
         )
     if spec.nr_bytes is None:
         raise ValueError(f"a {spec.type} target needs a size")
@@ -427,8 +432,10 @@ def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int
         os.close(report_fd)
         live = True
 
-    def on_added(dev_id: int, sysfs_ino: int) -> None:
+    def on_added(dev_id: int, sysfs_ino: int, warning: str) -> None:
         report(added={"dev_id": dev_id, "sysfs_ino": sysfs_ino})
+        if warning:
+            report(warning=warning)
 
     try:
         serve(on_added, on_live)

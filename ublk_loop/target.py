@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import sharing
 from ._uring import ffi, lib
 from .errors import BackingFileError, check
 from .state import CHUNK_BYTES, is_chunk
@@ -90,6 +91,13 @@ class Target:
     def write_zeroes(self, offset: int, nr_bytes: int) -> None:
         """Make a range read as zeroes."""
         raise OSError(errno.EOPNOTSUPP, "write_zeroes")
+
+    def mark(self, dev_id: int) -> str:
+        """Say of the backing that ``dev_id`` serves it; called once the device exists.
+
+        Returns a warning if it shares it with another device, or an empty text.
+        """
+        return ""
 
     def close(self) -> None:
         """Release the backing; idempotent."""
@@ -286,8 +294,8 @@ class RamTarget(Target):
 class LoopTarget(Target):
     """A regular file or block device, served by native code.
 
-    :param path: the backing file. It is locked (flock: exclusively, or shared if ``read_only``) for
-        as long as the target is open.
+    :param path: the backing file. It is locked (flock, shared) for as long as the target is open,
+        and marked as the device's once that has a number: sharing.py.
     :param offset_bytes: where the device begins in the file; a multiple of 512.
     :param nr_bytes: the device's length; default: to the end of the file. What does not fill a
         logical block is left out.
@@ -296,8 +304,10 @@ class LoopTarget(Target):
     :param read_only: open for reading only; the device is read-only too.
     :param limit_bytes: the device has at most so much of the file.
     :param logical_bs: the 512 to 4096; default: the smallest logical block that the file takes.
-    :raises BackingFileError: ENOENT, EACCES, EROFS, EISDIR, ..., EBUSY (another server holds it),
-        EINVAL (too small; O_DIRECT or a block size demanded and refused).
+    :param recovers: the dev_id of a device that was served before, by a server that has to be gone.
+    :raises BackingFileError: ENOENT, EACCES, EROFS, EISDIR, ..., EBUSY (it is locked; another
+        device that serves it is in use; the server before has not ended), EINVAL (too small;
+        O_DIRECT or a block size demanded and refused).
     :raises ValueError: bad numbers.
     """
 
@@ -313,6 +323,7 @@ class LoopTarget(Target):
         read_only: bool = False,
         limit_bytes: int | None = None,
         logical_bs: int | None = None,
+        recovers: int | None = None,
     ) -> None:
         if logical_bs not in (None, 512, 1024, 2048, 4096):
             raise ValueError(f"block size {logical_bs} is none of 512, 1024, 2048, 4096")
@@ -326,9 +337,20 @@ class LoopTarget(Target):
             self._lock_file()
             self._take_geometry(direct, logical_bs)
             self._take_size(nr_bytes, limit_bytes)
+            if recovers is None:
+                sharing.check_unused(self.path, self._others())
+            else:
+                self.mark(recovers)
         except BaseException:
             self.close()
             raise
+
+    def mark(self, dev_id: int) -> str:
+        sharing.mark(self._fd, self.path, dev_id, read_only=self.read_only)
+        return sharing.warning(self.path, dev_id, self._others(), read_only=self.read_only)
+
+    def _others(self) -> list[int]:
+        return sharing.others(self._fd, self.offset_bytes, self.size, read_only=self.read_only)
 
     @property
     def has_fua(self) -> bool:
@@ -392,9 +414,9 @@ class LoopTarget(Target):
         return self.direct and not lib.ul_target_is_in_memory(self._fd)
 
     def _lock_file(self) -> None:
-        kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
+        # Against other programs: devices of ours are told from each other by their marks.
         try:
-            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BackingFileError(
                 errno.EBUSY, self.path, "another program holds a lock on it (ublk list, lslocks)"
@@ -497,7 +519,9 @@ class StripeTarget(Target):
     :param chunk_bytes: a power of 2 from 4096 to 524288.
     :param nr_bytes: the device's length; default: all that they have.
     :param direct: O_DIRECT or the page cache.
-    :raises BackingFileError: as LoopTarget; EINVAL if they are not of one size, or too small.
+    :param recovers: as LoopTarget.
+    :raises BackingFileError: as LoopTarget; EINVAL if they are not of one size, too small, or one
+        is there twice.
     :raises ValueError: bad numbers.
     """
 
@@ -513,6 +537,7 @@ class StripeTarget(Target):
         chunk_bytes: int = CHUNK_BYTES,
         nr_bytes: int | None = None,
         direct: bool | None = None,
+        recovers: int | None = None,
     ) -> None:
         if not 1 <= len(paths) <= lib.UL_STRIPE_MAX:
             raise ValueError(f"{len(paths)} files are not 1 to {lib.UL_STRIPE_MAX}")
@@ -522,12 +547,16 @@ class StripeTarget(Target):
         self._parts: list[LoopTarget] = []
         try:
             for path in paths:
-                self._parts.append(LoopTarget(path, direct=direct))
+                self._parts.append(LoopTarget(path, direct=direct, recovers=recovers))
             self._take_geometry()
             self._take_size(nr_bytes)
         except BaseException:
             self.close()
             raise
+
+    def mark(self, dev_id: int) -> str:
+        warnings = [part.mark(dev_id) for part in self._parts]
+        return next(filter(None, warnings), "")
 
     @property
     def can_discard(self) -> bool:
@@ -555,6 +584,8 @@ class StripeTarget(Target):
 
     def _take_size(self, wanted_bytes: int | None) -> None:
         parts = self._parts
+        if len({os.fstat(part._fd)[1:3] for part in parts}) < len(parts):
+            raise BackingFileError(errno.EINVAL, parts[-1].path, "the same file is there twice")
         part_bytes = {part.path: part.size - part.size % self._chunk_bytes for part in parts}
         first = part_bytes[parts[0].path]
         for path, nr_bytes in part_bytes.items():

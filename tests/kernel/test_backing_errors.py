@@ -60,31 +60,6 @@ def test_offset_inside_a_sector_is_a_value_error(backing_file) -> None:
         LoopTarget(backing_file(MIB), offset_bytes=100)
 
 
-def test_backing_file_that_a_device_uses_is_ebusy_for_a_second_one(
-    device, backing_file, raises_errno
-) -> None:
-    path = backing_file(MIB)
-    dev = device(LoopTarget(path))
-    with raises_errno(errno.EBUSY):
-        LoopTarget(path)
-    with raises_errno(errno.EBUSY):
-        LoopTarget(path, read_only=True)
-    dev.delete()
-    LoopTarget(path).close()
-
-
-def test_read_only_devices_share_a_backing_file(
-    device, backing_file, open_block, pattern, raises_errno
-) -> None:
-    path = backing_file(MIB, pattern(MIB))
-    devices = [device(LoopTarget(path, read_only=True)) for _ in range(2)]
-    for dev in devices:
-        with open_block(dev.block_path, read_only=True) as client:
-            assert client.read(0, MIB) == pattern(MIB)
-    with raises_errno(errno.EBUSY):
-        LoopTarget(path)
-
-
 def test_file_on_a_read_only_file_system_is_erofs_unless_served_read_only(
     device, backing_file, tmp_path, mounted, open_block, pattern, raises_errno
 ) -> None:

@@ -104,7 +104,7 @@ def test_a_stripe_needs_files_of_one_size_that_nobody_else_has(backing_file) -> 
         ([one, other], errno.EINVAL),
         ([one, small], errno.EINVAL),
         ([small], errno.EINVAL),
-        ([one, one], errno.EBUSY),
+        ([one, one], errno.EINVAL),
         ([one, one.with_name("absent")], errno.ENOENT),
     ):
         with pytest.raises(BackingFileError) as refusal:

@@ -8,6 +8,7 @@ come about; after it driver, `ublk list`, the daemon and the files must say what
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 from daemons import Daemon
 from hypothesis import strategies as st
@@ -101,9 +103,10 @@ class Lives(RuleBasedStateMachine):
         assert added["dev_id"] not in [life.dev_id for life in self.lives]
         life = Life(added["dev_id"], kind, path, bytearray(FILE_BYTES), added["server_pid"])
         self.lives.append(life)
-        reply = self.daemon.ask_add("-t loop -f", path)
-        assert reply["exit_code"] == 1
-        assert "holds a lock" in reply["err"]
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as the server has it
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @precondition(lambda self: self.alive())
     @rule(n=some_device, block=some_block, letter=st.integers(1, 255))

@@ -23,7 +23,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The requests that reached the start of a server, which is as far as these tests go."""
     seen: list[Request] = []
 
-    def launch(request: Request, describe: object) -> str:
+    def launch(request: Request, describe: object, on_warning: object) -> str:
         seen.append(request)
         return "dev id 0: ...\n"
 
@@ -307,7 +307,7 @@ def test_path_is_taken_from_the_folder_of_the_daemons_client() -> None:
 def test_add_prints_one_line_and_exits_with_1_when_the_server_fails(
     monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
-    def launch(*_: object) -> object:
+    def launch(*_: object, **__: object) -> object:
         raise error
 
     monkeypatch.setattr(launching, "launch", launch)

@@ -37,9 +37,9 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Serve], Any]:
     """Launch a server whose serve() is the given function."""
 
-    def run(serve: Serve, timeout_s: float = 10) -> Any:
+    def run(serve: Serve, timeout_s: float = 10, **options: Any) -> Any:
         monkeypatch.setattr(server, "serve", serve)
-        return launching.launch(REQUEST, lambda *_: None, timeout_s)
+        return launching.launch(REQUEST, lambda *_: None, timeout_s, **options)
 
     return run
 
@@ -54,7 +54,7 @@ def _no_child_is_left() -> bool:
 
 def test_launch_returns_what_the_server_says_once_it_is_live(launch: Callable[..., Any]) -> None:
     def serve(find_request: Any, describe: object, on_added: Any, on_live: Any) -> None:
-        on_added(5, 0)
+        on_added(5, 0, "")
         on_live(5, {"pid": os.getpid(), "request": find_request().spec.type})
 
     live = launch(serve)
@@ -137,10 +137,22 @@ def test_server_gives_up_when_nobody_waits_for_it() -> None:
     os.close(read_fd)
 
     def serve(on_added: Any, on_live: Any) -> None:
-        on_added(1, 0)
+        on_added(1, 0, "")
 
     assert server._serve_and_report(serve, "add", False, write_fd) == 1
     os.close(write_fd)
+
+
+def test_launch_passes_on_what_the_server_warns_of(
+    launch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(request: object, describe: object, on_added: Any, on_live: Any) -> None:
+        on_added(5, 0, "two devices")
+        on_live(5, os.getpid())
+
+    warnings: list[str] = []
+    os.waitpid(launch(serve, on_warning=warnings.append), 0)
+    assert warnings == ["two devices"]
 
 
 def test_server_is_detached_from_session_folder_and_files(launch: Callable[..., Any]) -> None:
