@@ -178,6 +178,7 @@ class ul_hctx_config(CData):
     queue_depth: int
     max_io_buf_bytes: int
     dev_flags: int
+    io_desc_bytes: int
 
 @final
 class ul_hctx_stats(CData):

@@ -59,6 +59,7 @@ def request_of(
                 state.SharedFile(_absolute(path, cwd), read_only=given["shmem_read_only"])
                 for path in given["shmem"]
             ),
+            io_desc_bytes=_io_desc_bytes(given["io_desc_bytes"]),
         ),
         spec=_target_spec(given, cwd),
         dev_id=given["dev_id"],
@@ -88,6 +89,12 @@ def _recovery(given: dict[str, Any], supervised: bool) -> tuple[int, int | None]
 def _whole_pages(nr_bytes: int) -> int:
     if nr_bytes % PAGE_BYTES:
         raise click.UsageError(f"--max_io_buf_bytes {nr_bytes} is not a multiple of {PAGE_BYTES}")
+    return nr_bytes
+
+
+def _io_desc_bytes(nr_bytes: int | None) -> int | None:
+    if nr_bytes is not None and nr_bytes % 8:
+        raise click.UsageError(f"--io_desc_size {nr_bytes} is not a multiple of 8")
     return nr_bytes
 
 

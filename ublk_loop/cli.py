@@ -25,6 +25,7 @@ from .cli_daemon import daemon
 from .cli_del import delete, stop
 from .cli_list import list_devices
 from .cli_losetup import losetup
+from .cli_params import set_params
 from .cli_recover import quiesce, recover, upgrade
 from .finding import PROBLEM
 from .protocol import Reply
@@ -181,7 +182,7 @@ def show_help(ctx: click.Context, kind: str | None) -> None:
 
 for _command in (
     *(add, delete, stop, list_devices, recover, quiesce, upgrade, daemon),
-    *(features, doctor, set_affinity, resize, owner, show_help, losetup),
+    *(features, doctor, set_affinity, set_params, resize, owner, show_help, losetup),
 ):
     cli.add_command(_command)
 

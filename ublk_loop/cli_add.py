@@ -252,6 +252,13 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
     help="The largest request, in bytes.",
 )
 @click.option(
+    "--io_desc_size",
+    "io_desc_bytes",
+    metavar="BYTES",
+    type=click.IntRange(state.IO_DESC_BYTES, state.MAX_IO_DESC_BYTES),
+    help="The size of a request's descriptor; default: 24, which is all that is used.",
+)
+@click.option(
     "--policy",
     type=click.Choice(state.POLICIES),
     default="auto",

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import uapi
+from . import state, uapi
 from .control import Control, DevInfo
 from .errors import BackingFileError, DriverError
 from .hctx import HardwareContext
@@ -54,6 +54,7 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_SHMEM_ZC
     | uapi.UBLK_F_QUIESCE
     | uapi.UBLK_F_NO_AUTO_PART_SCAN
+    | uapi.UBLK_F_IO_DESC_SIZE
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
 RECOVERY_FLAGS = (
@@ -125,6 +126,7 @@ class Device:
         nr_hw_queues: int = 1,
         queue_depth: int = 128,
         max_io_buf_bytes: int = 512 * 1024,
+        io_desc_bytes: int | None = None,
         flags: int = 0,
         batch: bool | None = None,
         data: str = "auto",
@@ -141,6 +143,8 @@ class Device:
         :param nr_hw_queues: 1..4096; the driver caps it to the number of CPUs.
         :param queue_depth: 1..4096 tags a queue.
         :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
+        :param io_desc_bytes: the size of a request's descriptor, 24..256, a multiple of 8; what is
+            behind its 24 bytes is for later drivers. Default: the driver's.
         :param flags: UBLK_F_*, out of SUPPORTED_FLAGS.
         :param batch: whether to fetch and commit in batches (UBLK_F_BATCH_IO); default: where the
             driver has it and ``flags`` allow it.
@@ -161,6 +165,7 @@ class Device:
             best_data = target.best_data if policy == "auto" else "copy"
             flags |= _data_flags(data, best_data, flags, features)
             flags |= _shmem_flags(shared_files, data, target)
+            flags |= 0 if io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
             flags |= _quiesce_flag(batch, flags, features)
             flags |= _batch_flag(batch, flags, queue_depth, features)
             copied = flags & (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG)
@@ -175,6 +180,7 @@ class Device:
                     max_io_buf_bytes=max_io_buf_bytes,
                     dev_id=dev_id,
                     flags=flags,
+                    io_desc_size=io_desc_bytes or 0,
                     ublksrv_pid=os.getpid(),
                 )
             )
@@ -396,6 +402,8 @@ class Device:
                 queue_depth=self.info.queue_depth,
                 max_io_buf_bytes=self.info.max_io_buf_bytes,
                 dev_flags=self.info.flags,
+                # Drivers that do not know the field leave it 0.
+                io_desc_bytes=self.info.io_desc_size or state.IO_DESC_BYTES,
                 target=native.handle,
                 workqueue=workqueue.handle,
             )
@@ -550,7 +558,8 @@ def _params(target: Target, max_io_buf_bytes: int, zero_copy: bool) -> Params:
         discard_granularity=target.discard_granularity,
         write_zeroes=target.can_write_zeroes,
         # To a copy any memory of a client will do; direct I/O from and to it asks for more.
-        dma_alignment=target.logical_bs if zero_copy else 4,
+        dma_alignment=target.page_alignment if zero_copy else 4,
+        seg=target.page_segments if zero_copy else None,
     )
 
 

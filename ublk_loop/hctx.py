@@ -42,6 +42,7 @@ class HardwareContext:
     :param queue_depth: tags, 1..4096.
     :param max_io_buf_bytes: the largest request.
     :param dev_flags: UBLK_F_*, as the driver granted them.
+    :param io_desc_bytes: the size of a request's descriptor.
     :raises DriverError: ENOMEM.
     """
 
@@ -53,6 +54,7 @@ class HardwareContext:
         queue_depth: int,
         max_io_buf_bytes: int,
         dev_flags: int,
+        io_desc_bytes: int,
         target: ul_target,
         workqueue: ul_workqueue,
     ) -> None:
@@ -63,6 +65,7 @@ class HardwareContext:
         config.queue_depth = queue_depth
         config.max_io_buf_bytes = max_io_buf_bytes
         config.dev_flags = dev_flags
+        config.io_desc_bytes = io_desc_bytes
         handle = ffi.new("struct ul_hctx **")
         code = lib.ul_hctx_create(config, thread.handle, target, workqueue, handle)
         check(code, f"queue {q_id}")

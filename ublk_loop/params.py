@@ -440,6 +440,7 @@ def params_for(
     discard_granularity: int = 0,
     write_zeroes: bool = False,
     dma_alignment: int = SECTOR_BYTES,
+    seg: SegmentParams | None = None,
     page_bytes: int = PAGE_BYTES,
 ) -> Params:
     """Return the parameters of a device with this geometry; all sizes are in bytes.
@@ -452,6 +453,7 @@ def params_for(
     :param fua: the target writes through when told; needs ``volatile_cache``.
     :param discard_granularity: a multiple of ``logical_bs`` (the default).
     :param dma_alignment: of a request's memory; a power of two up to a page.
+    :param seg: what the pieces of a request's memory may be; default: anything.
     :raises ValueError: one of these does not hold.
     Source: ublk_validate_params() and ublk_ctrl_start_dev() in drivers/block/ublk_drv.c.
     """
@@ -483,6 +485,7 @@ def params_for(
             else None
         ),
         dma=DmaAlignParams(alignment=dma_alignment - 1),
+        seg=seg,
     )
     params.validate(max_io_buf_bytes=max_io_buf_bytes, page_bytes=page_bytes)
     return params

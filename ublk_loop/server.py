@@ -229,6 +229,7 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
     flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
     flags |= state.DATA_FLAGS.get(options.data, 0)
     flags |= uapi.UBLK_F_SHMEM_ZC if options.shared_files else 0
+    flags |= 0 if options.io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
     try:
         check_flags(flags, SUPPORTED_FLAGS, control.get_features())
     except OSError:
@@ -241,6 +242,7 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
         nr_hw_queues=options.nr_hw_queues,
         queue_depth=options.queue_depth,
         max_io_buf_bytes=options.max_io_buf_bytes,
+        io_desc_bytes=options.io_desc_bytes,
         flags=options.flags,
         batch=options.batch,
         data=options.data,

@@ -44,6 +44,7 @@ TARGET_TYPES = ("loop", "null", "ram", "stripe")
 MAX_STRIPE_FILES = 16
 MAX_DELAY_US = 3_600_000_000
 CHUNK_BYTES = 65536  # of a stripe, as kublk has it
+IO_DESC_BYTES, MAX_IO_DESC_BYTES = 24, 256
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 4096, 524288
 
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
@@ -88,7 +89,8 @@ class SharedFile:
 class DeviceOptions:
     """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
 
-    ``batch``, ``poll_us``, ``nr_threads`` None and ``data`` auto: what :meth:`Device.add` chooses.
+    ``batch``, ``poll_us``, ``nr_threads``, ``io_desc_bytes`` None and ``data`` auto: what
+    :meth:`Device.add` chooses.
     ``recovery_deadline_s``: how long the daemon tries to replace a dead server; None: it does not.
     """
 
@@ -103,6 +105,7 @@ class DeviceOptions:
     nr_threads: int | None = None
     recovery_deadline_s: int | None = None
     shared_files: tuple[SharedFile, ...] = ()
+    io_desc_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ def parse_options(value: JsonValue) -> DeviceOptions:
         shared_files=tuple(
             _parse_shared_file(file) for file in fields.array("shared_files", MAX_SHARED_FILES)
         ),
+        io_desc_bytes=fields.optional_integer("io_desc_bytes", IO_DESC_BYTES, MAX_IO_DESC_BYTES),
     )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from . import sharing
 from ._uring import ffi, lib
 from .errors import BackingFileError, check
+from .params import SegmentParams
 from .state import CHUNK_BYTES, is_chunk
 from .uapi import (
     UBLK_IO_OP_DISCARD,
@@ -132,6 +133,14 @@ class Target:
     def best_data(self) -> str:
         """How its data is moved fastest: one of DATA_FLAGS of state.py."""
         return "copy"
+
+    @property
+    def page_alignment(self) -> int:
+        """How aligned a client's memory must be where its own pages are used, in bytes."""
+        return self.logical_bs
+
+    # What the pieces of it may be there; None: anything.
+    page_segments: SegmentParams | None = None
 
     def _defines(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Target, method)
@@ -245,6 +254,12 @@ class NullTarget(Target):
     has_volatile_cache = False
     can_discard = True
     can_write_zeroes = True
+    # With a client's own pages, those of a disk with narrow limits, as kublk's null device has
+    # them: what such a disk asks of clients is measured and tested so.
+    page_alignment = PAGE_BYTES
+    page_segments = SegmentParams(
+        seg_boundary_mask=PAGE_BYTES - 1, max_segment_size=32 << 10, max_segments=32
+    )
 
     @contextlib.contextmanager
     def _native_config(self) -> Iterator[ul_target_config]:

@@ -13,7 +13,9 @@ from ublk_loop.device import Device
 from ublk_loop.errors import DriverError
 from ublk_loop.target import LoopTarget, NullTarget, RamTarget
 from ublk_loop.uapi import (
+    UBLK_F_AUTO_BUF_REG,
     UBLK_F_BATCH_IO,
+    UBLK_F_IO_DESC_SIZE,
     UBLK_F_NEED_GET_DATA,
     UBLK_F_SUPPORT_ZERO_COPY,
     UBLK_F_USER_COPY,
@@ -208,3 +210,77 @@ def test_io_threads_are_io_flushers_and_workers_run_at_high_priority(
             for tid in os.listdir("/proc/self/task")
         ]
         assert -20 in nices
+
+
+@pytest.mark.parametrize("io_desc_bytes", [24, 64, 256])
+def test_descriptor_may_be_wider_than_what_is_used_of_it(
+    device, control, backing_file, fio, features, io_desc_bytes
+) -> None:
+    if not features & UBLK_F_IO_DESC_SIZE:
+        pytest.skip("this driver's descriptors have one size (7.3)")
+    path = backing_file(8 * MIB)
+    dev = device(LoopTarget(path), nr_hw_queues=2, queue_depth=200, io_desc_bytes=io_desc_bytes)
+    assert control.get_dev_info(dev.dev_id).io_desc_size == io_desc_bytes
+    fio(dev.block_path, {"job": {"rw": "randwrite", "bs": "4k", "iodepth": 64, "numjobs": 2,
+        "size": 4 * MIB, "offset_increment": 4 * MIB}}, verify="crc32c")  # fmt: skip
+    assert sum(hctx.stats().nr_writes for hctx in dev.hctxs) >= 2048
+
+
+@pytest.mark.parametrize("io_desc_bytes", [16, 28, 264])
+def test_descriptor_of_a_size_that_the_driver_does_not_have_is_refused(
+    control, features, raises_errno, io_desc_bytes
+) -> None:
+    if not features & UBLK_F_IO_DESC_SIZE:
+        pytest.skip("this driver's descriptors have one size (7.3)")
+    with raises_errno(errno.EINVAL):
+        Device.add(control, NullTarget(MIB), io_desc_bytes=io_desc_bytes)
+    assert list_dev_ids() == []
+
+
+def test_null_device_with_zero_copy_has_the_limits_of_a_narrow_disk(
+    device, features, open_block
+) -> None:
+    if not features & UBLK_F_AUTO_BUF_REG:
+        pytest.skip("this driver has no AUTO_BUF_REG (6.16)")
+    dev = device(NullTarget(), data="zerocopy")
+    names = ("dma_alignment", "max_segments", "max_segment_size")
+    assert [queue_attr(dev, name) for name in names] == [4095, 32, 32768]
+    with open_block(dev.block_path) as client:
+        assert client.write(0, bytes(MIB)) == MIB
+    free = device(NullTarget())
+    assert queue_attr(free, "max_segments") > 32
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("", ""),
+        ("-u -q 2 -d 8 --max_sectors 8 --dev_sectors 64", ""),
+        ("--param_types none", "the basic parameters are missing"),
+        ("--logical_bs_shift 12 --physical_bs_shift 9", "larger than"),
+        ("--max_sectors 2049", "max_sectors 2049"),
+        ("--param_types basic,zoned", "the device is not zoned"),
+    ],
+)
+def test_set_params_says_whether_the_driver_takes_them(here, words, reason) -> None:
+    result = here(f"set_params {words}")
+    assert (result.exit_code, result.stdout) == (bool(reason), "")
+    assert reason in result.stderr
+    assert result.stderr.count("\n") == bool(reason)
+    assert list_dev_ids() == []
+
+
+def test_set_params_of_a_zoned_device_are_asked_of_the_driver_that_has_them(here, features) -> None:
+    zoned = "set_params -u --zoned --param_types basic,zoned"
+    if not features & UBLK_F_ZONED:
+        assert "lacks" in here(zoned).stderr
+        return
+    assert here(zoned).exit_code == 0
+    for words in (
+        "--chunk_sectors 96",
+        "--max_zone_append_sectors 0",
+        "--max_open_zones 17",
+        "--max_active_zones 17",
+    ):
+        assert here(f"{zoned} {words}").exit_code == 1
+    assert list_dev_ids() == []

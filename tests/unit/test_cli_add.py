@@ -239,6 +239,9 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         f"add -t stripe {'/srv/d.img ' * 17}",
         "add -t null extra",
         "add -t loop -f /srv/d.img /srv/d.img",
+        "add -t null --io_desc_size 16",
+        "add -t null --io_desc_size 36",
+        "add -t null --io_desc_size 264",
     ],
 )
 def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(

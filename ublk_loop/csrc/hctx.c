@@ -45,7 +45,7 @@ struct ul_hctx {
 	char			*arena;		/* I: owned, a buffer a tag */
 	size_t			buffer_bytes;	/* I: of one tag, whole pages */
 	size_t			arena_bytes;	/* I */
-	const struct ublksrv_io_desc *descs;	/* P: driver's, read-only */
+	const char		*descs;		/* P: driver's, read-only */
 	struct ul_plug		plug;		/* R: this batch's writes */
 	unsigned int		nr_fetched;	/* R: commands that fetch */
 	struct ul_run		reads;		/* R: not yet given to the ring */
@@ -152,7 +152,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 
 	if (!config->queue_depth ||
 	    config->queue_depth > UBLK_MAX_QUEUE_DEPTH ||
-	    !config->max_io_buf_bytes)
+	    !config->max_io_buf_bytes ||
+	    config->io_desc_bytes < sizeof(struct ublksrv_io_desc))
 		return -EINVAL;
 	h = calloc(1, sizeof(*h));
 	if (!h)
@@ -327,13 +328,13 @@ static void hctx_plug_async(struct ul_hctx *h, struct ul_request *req)
 static size_t hctx_descs_bytes(const struct ul_hctx *h)
 {
 	return ul_page_round_up(h->config.queue_depth *
-				sizeof(struct ublksrv_io_desc));
+				h->config.io_desc_bytes);
 }
 
 static int hctx_map_descs(struct ul_hctx *h)
 {
 	off_t stride = ul_page_round_up(UBLK_MAX_QUEUE_DEPTH *
-					sizeof(struct ublksrv_io_desc));
+					h->config.io_desc_bytes);
 	void *descs = mmap(NULL, hctx_descs_bytes(h), PROT_READ,
 			   MAP_SHARED | MAP_POPULATE, h->thread->cdev_fd,
 			   UBLKSRV_CMD_BUF_OFFSET + h->config.q_id * stride);
@@ -505,7 +506,9 @@ static bool hctx_leaves_to_next(const struct ul_hctx *h)
 
 static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 {
-	const struct ublksrv_io_desc *desc = &h->descs[req->tag];
+	const struct ublksrv_io_desc *desc =
+		(const void *)(h->descs +
+			       (size_t)req->tag * h->config.io_desc_bytes);
 
 	if (hctx_leaves_to_next(h))
 		return;

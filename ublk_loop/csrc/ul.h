@@ -244,6 +244,7 @@ struct ul_hctx_config {
 	uint16_t	queue_depth;
 	uint32_t	max_io_buf_bytes;
 	uint64_t	dev_flags;	/* UBLK_F_*, as the driver granted them */
+	uint32_t	io_desc_bytes;	/* from one descriptor to the next */
 };
 
 struct ul_hctx_stats {
