@@ -147,6 +147,7 @@ class ul_target_config(CData):
     delay_ns: int
     nr_parts: int
     chunk_bytes: int
+    metadata_bytes: int
     @property
     def parts(self) -> Array[ul_target]: ...
     @parts.setter
@@ -289,6 +290,7 @@ class Lib:
     UL_TARGET_LOOP: int
     UL_TARGET_PYTHON: int
     UL_TARGET_STRIPE: int
+    UL_TARGET_INTEGRITY: int
     UL_POLICY_2014: int
     UL_POLICY_BASE: int
     UL_POLICY_AUTO: int
@@ -296,6 +298,7 @@ class Lib:
     UL_TARGET_DIRECT: int
     UL_TARGET_MAP: int
     UL_STRIPE_MAX: int
+    UL_METADATA_MAX: int
     UL_SHMEM_MAX: int
     def ul_control_create(
         self, control_fd: int, keep_rights: int, control: Array[ul_control], /

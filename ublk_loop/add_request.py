@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import state, uapi
-from .state import DeviceOptions, TargetSpec
+from .state import DeviceOptions, Metadata, TargetSpec
 
 if TYPE_CHECKING:
     from .server import Request
@@ -134,6 +134,8 @@ def _is_on(value: bool | str) -> bool:
     return value in (True, "1")
 
 
+_PI_CAPS = ("integrity_capable", "integrity_reftag")
+PI_BYTES = {"none": 0, "ip": 8, "t10dif": 8, "nvme": 16}
 # The options that only some types have.
 _TYPES_OF = {
     "path": (("loop", "stripe"), "-f"),
@@ -145,6 +147,7 @@ _TYPES_OF = {
     "read_only": (("loop",), "-R"),
     "delay_us": (("null",), "--delay_us"),
     "shmem": (("loop", "null"), "--shmem"),
+    "metadata_bytes": (("loop", "null"), "--metadata_size"),
     "limit_bytes": (("loop",), "--sizelimit"),
     "logical_bs": (("loop",), "--sector_size"),
 }
@@ -156,13 +159,17 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
     for name, (kinds, option) in _TYPES_OF.items():
         if kind not in kinds and given[name] not in (None, False, ()):
             raise click.UsageError(f"{option} is for -t {' and '.join(kinds)} only")
+    metadata = _metadata(given)
     if kind in ("null", "ram"):
         if kind == "ram" and nr_bytes is None:
             raise click.UsageError("-t ram needs --size")
+        if given["delay_us"] and metadata is not None:
+            raise click.UsageError("--delay_us and --metadata_size exclude each other")
         return TargetSpec(
             kind,
             nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes,
             delay_us=given["delay_us"] or 0,
+            metadata=metadata,
         )
     if given["buffered_io"] and given["direct_io"]:
         raise click.UsageError("--buffered_io and --direct_io exclude each other")
@@ -174,7 +181,9 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         return TargetSpec(
             kind, stripe_paths=paths, direct=direct, chunk_bytes=_chunk_bytes(given["chunk_bytes"])
         )
-    if len(paths) != 1:
+    if metadata is not None and len(paths) != 2:
+        raise click.UsageError("--metadata_size needs two files: of the data, of the metadata")
+    if metadata is None and len(paths) != 1:
         raise click.UsageError("-t loop needs -f FILE" + (", and only one" if paths else ""))
     offset_bytes = (given["offset"] or 0) << uapi.SECTOR_SHIFT
     if offset_bytes >= 1 << 63:
@@ -188,7 +197,27 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         read_only=given["read_only"],
         limit_bytes=given["limit_bytes"] or nr_bytes,
         logical_bs=int(given["logical_bs"]) if given["logical_bs"] else None,
+        metadata=metadata,
+        metadata_path=paths[1] if metadata is not None else "",
     )
+
+
+def _metadata(given: dict[str, Any]) -> Metadata | None:
+    nr_bytes = given["metadata_bytes"]
+    if nr_bytes is None:
+        for name in ("pi_offset", "csum_type", "tag_size", *_PI_CAPS):
+            if given[name]:
+                raise click.UsageError(f"--{name} needs --metadata_size")
+        return None
+    is_capable, has_reftag = (given[name] for name in _PI_CAPS)
+    csum = given["csum_type"] or "none"
+    if has_reftag and csum == "none":
+        raise click.UsageError("--integrity_reftag needs --csum_type")
+    pi_offset = given["pi_offset"] or 0
+    if pi_offset + PI_BYTES[csum] > nr_bytes:
+        text = f"{PI_BYTES[csum]} bytes of {csum} at {pi_offset} do not fit --metadata_size"
+        raise click.UsageError(f"{text} {nr_bytes}")
+    return Metadata(nr_bytes, pi_offset, csum, given["tag_size"] or 0, is_capable, has_reftag)
 
 
 def _chunk_bytes(nr_bytes: int | None) -> int:

@@ -55,6 +55,7 @@ TYPE_HELP = {
   --sizelimit SIZE     at most so much of the file
   --sector_size BYTES  the logical block size; default: the smallest that the file takes
   -R, --read_only      a read-only device
+  --metadata_size BYTES and more: metadata of each block, in a second file
 
 \b
 Examples:
@@ -324,6 +325,32 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
     type=click.Choice(["512", "1024", "2048", "4096"]),
     help="loop: the logical block size.",
 )
+@click.option(
+    "--metadata_size",
+    "metadata_bytes",
+    metavar="BYTES",
+    type=click.IntRange(1, state.MAX_METADATA_BYTES),
+    help="loop, null: each block has so many bytes of metadata; of loop, the second file has them.",
+)
+@click.option(
+    "--csum_type",
+    type=click.Choice(state.CSUM_NAMES),
+    help="The checksum of the protection information in them; default: there is none.",
+)
+@click.option(
+    "--pi_offset",
+    metavar="BYTES",
+    type=click.IntRange(0, state.MAX_METADATA_BYTES),
+    help="Where in the metadata that is; default: 0.",
+)
+@click.option(
+    "--tag_size",
+    metavar="BYTES",
+    type=click.IntRange(0, state.MAX_METADATA_BYTES),
+    help="How much of it is for applications; default: 0.",
+)
+@click.option("--integrity_capable", is_flag=True, help="The device says that it checks it, too.")
+@click.option("--integrity_reftag", is_flag=True, help="It has the number of the block in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the device as JSON.")
 @click.argument("files", nargs=-1, type=click.Path())
 def add(**given: Any) -> None:

@@ -55,6 +55,7 @@ SUPPORTED_FLAGS = (
     | uapi.UBLK_F_QUIESCE
     | uapi.UBLK_F_NO_AUTO_PART_SCAN
     | uapi.UBLK_F_IO_DESC_SIZE
+    | uapi.UBLK_F_INTEGRITY
     | uapi.UBLK_F_URING_CMD_COMP_IN_TASK  # without effect: the driver does so by itself
 )
 RECOVERY_FLAGS = (
@@ -165,6 +166,7 @@ class Device:
             best_data = target.best_data if policy == "auto" else "copy"
             flags |= _data_flags(data, best_data, flags, features)
             flags |= _shmem_flags(shared_files, data, target)
+            flags |= _integrity_flags(data, flags, target)
             flags |= 0 if io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
             flags |= _quiesce_flag(batch, flags, features)
             flags |= _batch_flag(batch, flags, queue_depth, features)
@@ -525,6 +527,15 @@ def _shmem_flags(files: Sequence[SharedFile], data: str, target: Target) -> int:
     return uapi.UBLK_F_SHMEM_ZC | uapi.UBLK_F_USER_COPY
 
 
+def _integrity_flags(data: str, flags: int, target: Target) -> int:
+    # The driver hands metadata out by user copy only, and that not to a plain user.
+    if target.integrity is None:
+        return 0
+    if data in ("copy", "zerocopy") or flags & uapi.UBLK_F_UNPRIVILEGED_DEV:
+        raise ValueError("blocks with metadata need --data usercopy, which only root has")
+    return uapi.UBLK_F_INTEGRITY | uapi.UBLK_F_USER_COPY
+
+
 def _quiesce_flag(batch: bool | None, flags: int, features: int) -> int:
     # Where the driver may not issue requests again, a server can leave the device to another only
     # if the driver keeps new ones back first. Not with BATCH_IO: QUIESCE_DEV of such a device sets
@@ -560,6 +571,7 @@ def _params(target: Target, max_io_buf_bytes: int, zero_copy: bool) -> Params:
         # To a copy any memory of a client will do; direct I/O from and to it asks for more.
         dma_alignment=target.page_alignment if zero_copy else 4,
         seg=target.page_segments if zero_copy else None,
+        integrity=target.integrity,
     )
 
 

@@ -441,6 +441,7 @@ def params_for(
     write_zeroes: bool = False,
     dma_alignment: int = SECTOR_BYTES,
     seg: SegmentParams | None = None,
+    integrity: IntegrityParams | None = None,
     page_bytes: int = PAGE_BYTES,
 ) -> Params:
     """Return the parameters of a device with this geometry; all sizes are in bytes.
@@ -454,6 +455,7 @@ def params_for(
     :param discard_granularity: a multiple of ``logical_bs`` (the default).
     :param dma_alignment: of a request's memory; a power of two up to a page.
     :param seg: what the pieces of a request's memory may be; default: anything.
+    :param integrity: of a device with UBLK_F_INTEGRITY.
     :raises ValueError: one of these does not hold.
     Source: ublk_validate_params() and ublk_ctrl_start_dev() in drivers/block/ublk_drv.c.
     """
@@ -486,8 +488,10 @@ def params_for(
         ),
         dma=DmaAlignParams(alignment=dma_alignment - 1),
         seg=seg,
+        integrity=integrity,
     )
-    params.validate(max_io_buf_bytes=max_io_buf_bytes, page_bytes=page_bytes)
+    flags = 0 if integrity is None else UBLK_F_INTEGRITY
+    params.validate(max_io_buf_bytes=max_io_buf_bytes, flags=flags, page_bytes=page_bytes)
     return params
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .control import Control, DevInfo
     from .device import Device
     from .params import Params
-    from .target import Target
+    from .target import LoopTarget, NullTarget, Target
 
     Describe = Callable[[DevInfo, Params, DeviceState], Any]
     OnAdded = Callable[[int, int, str], None]
@@ -171,21 +171,16 @@ def _start(
 
 
 def _build_target(request: Request) -> Target:
-    from .target import LoopTarget, NullTarget, RamTarget, StripeTarget
-
     spec = request.spec
     recovers = request.dev_id if request.recover else None
+    if spec.metadata is not None:
+        return _build_integrity_target(spec, spec.metadata, recovers)
     if spec.type == "loop":
-        return LoopTarget(
-            spec.path,
-            offset_bytes=spec.offset_bytes,
-            nr_bytes=spec.nr_bytes,
-            direct=spec.direct,
-            read_only=spec.read_only,
-            limit_bytes=spec.limit_bytes,
-            logical_bs=spec.logical_bs,
-            recovers=recovers,
-        )
+        return _build_loop_target(spec, recovers)
+    if spec.type == "null":
+        return _build_null_target(spec)
+    from .target import RamTarget, StripeTarget
+
     if spec.type == "stripe":
         return StripeTarget(
             spec.stripe_paths,
@@ -194,11 +189,52 @@ def _build_target(request: Request) -> Target:
             direct=spec.direct,
             recovers=recovers,
         )
+    return RamTarget(_needed_size(spec))
+
+
+def _build_loop_target(spec: TargetSpec, recovers: int | None) -> LoopTarget:
+    from .target import LoopTarget
+
+    return LoopTarget(
+        spec.path,
+        offset_bytes=spec.offset_bytes,
+        nr_bytes=spec.nr_bytes,
+        direct=spec.direct,
+        read_only=spec.read_only,
+        limit_bytes=spec.limit_bytes,
+        logical_bs=spec.logical_bs,
+        recovers=recovers,
+    )
+
+
+def _build_null_target(spec: TargetSpec) -> NullTarget:
+    from .target import NullTarget
+
+    return NullTarget(_needed_size(spec), delay_us=spec.delay_us)
+
+
+def _needed_size(spec: TargetSpec) -> int:
     if spec.nr_bytes is None:
         raise ValueError(f"a {spec.type} target needs a size")
+    return spec.nr_bytes
+
+
+def _build_integrity_target(
+    spec: TargetSpec, metadata: state.Metadata, recovers: int | None
+) -> Target:
+    from .integrity import IntegrityTarget
+    from .target import LoopTarget
+
     if spec.type == "null":
-        return NullTarget(spec.nr_bytes, delay_us=spec.delay_us)
-    return RamTarget(spec.nr_bytes)
+        return IntegrityTarget(_build_null_target(spec), metadata, None)
+    data = _build_loop_target(spec, recovers)
+    path, read_only = spec.metadata_path, spec.read_only
+    try:
+        file = LoopTarget(path, direct=False, read_only=read_only, recovers=recovers)
+    except BaseException:
+        data.close()
+        raise
+    return IntegrityTarget(data, metadata, file, nr_bytes=spec.nr_bytes)
 
 
 def _needed_capabilities(spec: TargetSpec) -> list[int]:
@@ -229,6 +265,7 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
     flags = options.flags | (uapi.UBLK_F_BATCH_IO if options.batch else 0)
     flags |= state.DATA_FLAGS.get(options.data, 0)
     flags |= uapi.UBLK_F_SHMEM_ZC if options.shared_files else 0
+    flags |= 0 if request.spec.metadata is None else uapi.UBLK_F_INTEGRITY
     flags |= 0 if options.io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
     try:
         check_flags(flags, SUPPORTED_FLAGS, control.get_features())

@@ -43,6 +43,8 @@ MAX_DEADLINE_S = 86_400
 TARGET_TYPES = ("loop", "null", "ram", "stripe")
 MAX_STRIPE_FILES = 16
 MAX_DELAY_US = 3_600_000_000
+CSUM_NAMES = ("none", "ip", "t10dif", "nvme")
+MAX_METADATA_BYTES = 255  # of a block
 CHUNK_BYTES = 65536  # of a stripe, as kublk has it
 IO_DESC_BYTES, MAX_IO_DESC_BYTES = 24, 256
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 4096, 524288
@@ -52,11 +54,28 @@ Json: TypeAlias = "dict[str, JsonValue]"
 
 
 @dataclass(frozen=True)
+class Metadata:
+    """What each logical block has beside its data: ``nr_bytes``, and what is where in them.
+
+    ``csum``: of the protection information at ``pi_offset``, one of CSUM_NAMES. ``is_capable``: the
+    kernel makes and checks it. ``has_reftag``: it has the block's number in it.
+    """
+
+    nr_bytes: int
+    pi_offset: int = 0
+    csum: str = "none"
+    tag_bytes: int = 0
+    is_capable: bool = False
+    has_reftag: bool = False
+
+
+@dataclass(frozen=True)
 class TargetSpec:
     """What a target is built from; None means what the file offers.
 
     ``limit_bytes``: at most so much of the file, as losetup's ``--sizelimit``. A stripe has
-    ``stripe_paths`` instead of ``path``, and chunks of ``chunk_bytes``.
+    ``stripe_paths`` instead of ``path``, and chunks of ``chunk_bytes``. ``metadata``, of loop and
+    null, is in ``metadata_path``.
     """
 
     type: str
@@ -70,6 +89,8 @@ class TargetSpec:
     stripe_paths: tuple[str, ...] = ()
     chunk_bytes: int = CHUNK_BYTES
     delay_us: int = 0
+    metadata: Metadata | None = None
+    metadata_path: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,11 +320,29 @@ def parse_spec(value: JsonValue) -> TargetSpec:
         stripe_paths=fields.texts("stripe_paths", MAX_STRIPE_FILES),
         chunk_bytes=fields.integer("chunk_bytes", MIN_CHUNK_BYTES, MAX_CHUNK_BYTES),
         delay_us=fields.integer("delay_us", 0, MAX_DELAY_US),
+        metadata=_parse_metadata(fields.value("metadata")),
+        metadata_path=fields.text("metadata_path"),
     )
     paths = {"loop": (spec.path,), "stripe": spec.stripe_paths}.get(spec.type, ())
+    if spec.type == "loop" and spec.metadata is not None:
+        paths += (spec.metadata_path,)
     if not all(os.path.isabs(path) for path in paths):
         raise ValueError("spec: path is not absolute")
     return spec
+
+
+def _parse_metadata(value: JsonValue) -> Metadata | None:
+    if value is None:
+        return None
+    fields = Fields("metadata", value, *Metadata.__dataclass_fields__)
+    return Metadata(
+        nr_bytes=fields.integer("nr_bytes", 1, MAX_METADATA_BYTES),
+        pi_offset=fields.integer("pi_offset", 0, MAX_METADATA_BYTES),
+        csum=fields.choice("csum", CSUM_NAMES),
+        tag_bytes=fields.integer("tag_bytes", 0, MAX_METADATA_BYTES),
+        is_capable=fields.boolean("is_capable"),
+        has_reftag=fields.boolean("has_reftag"),
+    )
 
 
 def _parse_queues(value: JsonValue) -> tuple[QueueState, ...]:

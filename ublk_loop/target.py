@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from . import sharing
 from ._uring import ffi, lib
 from .errors import BackingFileError, check
-from .params import SegmentParams
+from .params import IntegrityParams, SegmentParams
 from .state import CHUNK_BYTES, is_chunk
 from .uapi import (
     UBLK_IO_OP_DISCARD,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SECTOR_BYTES = 512
 PAGE_BYTES = mmap.PAGESIZE
+FILL_BYTES = 1 << 20
 POLICIES = {
     "auto": lib.UL_POLICY_AUTO,
     "2014": lib.UL_POLICY_2014,
@@ -133,6 +134,11 @@ class Target:
     def best_data(self) -> str:
         """How its data is moved fastest: one of DATA_FLAGS of state.py."""
         return "copy"
+
+    @property
+    def integrity(self) -> IntegrityParams | None:
+        """The metadata of its blocks, which need UBLK_F_INTEGRITY; None: they have none."""
+        return None
 
     @property
     def page_alignment(self) -> int:
@@ -463,6 +469,24 @@ class LoopTarget(Target):
             return wanted or lowest
         text = f"a block size of {wanted} is too small for it: {lowest} is the smallest"
         raise BackingFileError(errno.EINVAL, self.path, text)
+
+    def fill_if_empty(self, byte: bytes) -> None:
+        """Write ``byte`` all over a regular file that has no block yet.
+
+        :raises BackingFileError: ENOSPC, ...; it has none again then.
+        """
+        info = os.fstat(self._fd)
+        if self._is_block or info.st_blocks:
+            return
+        offset = 0
+        try:
+            while offset < info.st_size:
+                data = byte * min(FILL_BYTES, info.st_size - offset)
+                offset += os.pwrite(self._fd, data, offset)
+        except OSError as error:
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, info.st_size)
+            raise BackingFileError(error.errno or errno.EIO, self.path) from None
 
     def _open_direct(self) -> int:
         # For reading past the page cache; -1 where that cannot be, or is all there is.

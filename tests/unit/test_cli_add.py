@@ -14,6 +14,7 @@ from ublk_loop import launch as launching
 from ublk_loop.add_request import request_of
 from ublk_loop.errors import BackingFileError, DaemonError, DriverError
 from ublk_loop.server import Request
+from ublk_loop.state import Metadata
 
 Ublk = Callable[..., Result]
 
@@ -183,6 +184,19 @@ def test_add_takes_a_size_with_a_suffix(requests: list[Request], text: str, nr_b
     assert requests[0].spec.nr_bytes == nr_bytes
 
 
+def test_add_takes_the_metadata_of_blocks_as_the_kernels_test_server_does(
+    requests: list[Request],
+) -> None:
+    words = "--integrity_capable --integrity_reftag --metadata_size 64 --pi_offset 48"
+    ublk(*f"add -t loop -u {words} --csum_type nvme /srv/d.img /srv/d.pi".split())
+    spec = requests[0].spec
+    assert (spec.path, spec.metadata_path) == ("/srv/d.img", "/srv/d.pi")
+    assert spec.metadata == Metadata(
+        64, pi_offset=48, csum="nvme", is_capable=True, has_reftag=True
+    )
+    assert requests[0].options.data == "usercopy"
+
+
 def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Request]) -> None:
     ublk("add", "-t", "null")
     assert requests[0].spec.nr_bytes == 250 << 30
@@ -242,6 +256,15 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         "add -t null --io_desc_size 16",
         "add -t null --io_desc_size 36",
         "add -t null --io_desc_size 264",
+        "add -t null --metadata_size 256",
+        "add -t null --metadata_size 8 --delay_us 1",
+        "add -t null --metadata_size 8 --csum_type nvme",
+        "add -t null --metadata_size 8 --csum_type ip --pi_offset 1",
+        "add -t null --metadata_size 8 --integrity_reftag",
+        "add -t null --csum_type ip",
+        "add -t ram --size 64M --metadata_size 8",
+        "add -t loop -f /srv/d.img --metadata_size 8",
+        "add -t loop --metadata_size 8 /srv/d.img /srv/d.pi /srv/e.img",
     ],
 )
 def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(

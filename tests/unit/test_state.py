@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ublk_loop import state
 from ublk_loop._uring import lib
 from ublk_loop.errors import DaemonError
-from ublk_loop.state import DeviceOptions, DeviceState, QueueState, TargetSpec
+from ublk_loop.state import DeviceOptions, DeviceState, Metadata, QueueState, TargetSpec
 
 STATE = DeviceState(
     dev_id=3,
@@ -70,6 +70,20 @@ def test_state_of_a_stripe_is_the_same_when_read_again() -> None:
     assert "path is not absolute" in _refusal(document)
     document["spec"]["stripe_paths"] = ["/srv/a", 5]
     assert "stripe_paths is not a list of texts" in _refusal(document)
+
+
+def test_state_of_a_device_with_metadata_is_the_same_when_read_again() -> None:
+    metadata = Metadata(64, pi_offset=48, csum="nvme", is_capable=True, has_reftag=True)
+    spec = TargetSpec("loop", path="/srv/a", metadata=metadata, metadata_path="/srv/a.pi")
+    state.write(dataclasses.replace(STATE, spec=spec))
+    assert state.read(STATE.dev_id) == dataclasses.replace(STATE, spec=spec)
+    document = _document()
+    document["spec"] = dataclasses.asdict(spec)
+    for name, value in (("nr_bytes", 256), ("csum", "md5"), ("has_reftag", 1), ("pi_offset", None)):
+        document["spec"]["metadata"] = {**dataclasses.asdict(metadata), name: value}
+        assert name in _refusal(document)
+    document["spec"] = {**dataclasses.asdict(spec), "metadata_path": "a.pi"}
+    assert "path is not absolute" in _refusal(document)
 
 
 def test_state_replaces_the_older_one_and_leaves_no_scratch_file(state_dir: Path) -> None:

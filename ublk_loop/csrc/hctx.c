@@ -394,13 +394,10 @@ bool ul_hctx_is_user_copy(const struct ul_request *req)
 	return hctx_is_user_copy(req->hctx) && !req->is_shared;
 }
 
-int ul_hctx_user_copy_part(struct ul_request *req, void *data,
-			   uint64_t offset_bytes, uint64_t nr_bytes)
+static int hctx_user_copy(struct ul_request *req, void *data, uint64_t pos,
+			  uint64_t nr_bytes)
 {
-	const struct ul_hctx *h = req->hctx;
-	int fd = h->thread->cdev_fd;
-	uint64_t pos =
-		ublk_user_copy_pos(h->config.q_id, req->tag, offset_bytes);
+	int fd = req->hctx->thread->cdev_fd;
 	uint64_t done = 0;
 	ssize_t n;
 
@@ -419,6 +416,25 @@ int ul_hctx_user_copy_part(struct ul_request *req, void *data,
 			return -errno;
 	}
 	return 0;
+}
+
+int ul_hctx_user_copy_part(struct ul_request *req, void *data,
+			   uint64_t offset_bytes, uint64_t nr_bytes)
+{
+	return hctx_user_copy(req, data,
+			      ublk_user_copy_pos(req->hctx->config.q_id,
+						 req->tag, offset_bytes),
+			      nr_bytes);
+}
+
+int ul_hctx_copy_metadata(struct ul_request *req, void *data,
+			  uint64_t offset_bytes, uint64_t nr_bytes)
+{
+	uint64_t pos = ublk_user_copy_pos(req->hctx->config.q_id, req->tag,
+					  offset_bytes);
+
+	return hctx_user_copy(req, data, pos | UBLKSRV_IO_INTEGRITY_FLAG,
+			      nr_bytes);
 }
 
 int ul_hctx_user_copy(struct ul_request *req, void *data)

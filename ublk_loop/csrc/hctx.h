@@ -23,6 +23,9 @@ bool ul_hctx_can_register(const struct ul_request *req);
 int ul_hctx_user_copy(struct ul_request *req, void *data);
 int ul_hctx_user_copy_part(struct ul_request *req, void *data,
 			   uint64_t offset_bytes, uint64_t nr_bytes);
+/* The same for a part of its metadata, of a request with UBLK_IO_F_INTEGRITY. */
+int ul_hctx_copy_metadata(struct ul_request *req, void *data,
+			  uint64_t offset_bytes, uint64_t nr_bytes);
 /* The same between driver and buffer where UBLK_F_USER_COPY
  * leaves that to us; any thread.  0 or -errno; nothing to do in copy mode. */
 int ul_hctx_copy_in(struct ul_request *req);

@@ -29,7 +29,8 @@
  * follow it there.
  *
  * A stripe is several files, of each of which it has a loop target that nobody
- * else uses; its requests are done by those, piece by piece, by the works.
+ * else uses; its requests are done by those, piece by piece, by the works.  A
+ * target with metadata has one for the data and one for that.
  *
  * A target in Python runs by the same works: request_run() stops half-way with
  * UL_WORK_ATTEND, Python does the request, and the second call ends it.
@@ -176,12 +177,17 @@ int ul_target_create(const struct ul_target_config *config,
 	struct ul_target *t;
 	int ret;
 
-	if (config->kind > UL_TARGET_STRIPE || config->policy > UL_POLICY_AUTO)
+	if (config->kind > UL_TARGET_INTEGRITY ||
+	    config->policy > UL_POLICY_AUTO)
 		return -EINVAL;
 	t = calloc(1, sizeof(*t));
 	if (!t)
 		return -ENOMEM;
 	t->config = *config;
+	/* A read beside a write of the same block would find the data of one
+	 * and the metadata of the other. */
+	if (config->kind == UL_TARGET_INTEGRITY)
+		t->config.policy = UL_POLICY_BASE;
 	if (config->kind == UL_TARGET_LOOP) {
 		ret = target_init_loop(t);
 		if (ret) {
@@ -500,8 +506,83 @@ static int32_t stripe_each(const struct ul_target_config *config,
 	return 0;
 }
 
+/* ---- data with metadata (UBLK_F_INTEGRITY) ---- */
+
+/* What was never written, or without metadata, has these bytes for it, which
+ * turn the kernel's checks of a block off. */
+#define METADATA_NONE	0xff
+
+/* The next piece of a request's metadata: to the file, from the request or, of
+ * one without, METADATA_NONE; or from the file to the request. */
+static int32_t metadata_piece(const struct ul_target *file,
+			      struct ul_request *req, uint64_t pos,
+			      uint64_t done, uint64_t nr_bytes)
+{
+	bool has_metadata = req->op_flags & UBLK_IO_F_INTEGRITY;
+	struct ul_request piece = { .buffer = chunk,
+				    .offset_bytes = pos + done,
+				    .nr_bytes = nr_bytes,
+				    .op_flags = req->op_flags };
+	int32_t res = 0;
+
+	if (!has_metadata || !file)
+		memset(chunk, METADATA_NONE, nr_bytes);
+	if (req->op != UBLK_IO_OP_READ) {
+		if (has_metadata)
+			res = ul_hctx_copy_metadata(req, chunk, done, nr_bytes);
+		return res ? res : loop_write(file, &piece);
+	}
+	if (file)
+		res = loop_read(file, &piece);
+	return res < 0 ? res
+		       : ul_hctx_copy_metadata(req, chunk, done, nr_bytes);
+}
+
+static int32_t metadata_transfer(const struct ul_target_config *config,
+				 struct ul_request *req)
+{
+	const struct ul_target *file = config->nr_parts ? config->parts[1]
+							: NULL;
+	uint64_t per_block = config->metadata_bytes;
+	uint64_t pos = req->offset_bytes / config->chunk_bytes * per_block;
+	uint64_t nr_bytes = req->nr_bytes / config->chunk_bytes * per_block, n;
+	int32_t res;
+
+	if (req->op == UBLK_IO_OP_READ ? !(req->op_flags & UBLK_IO_F_INTEGRITY)
+				       : !file)
+		return 0;
+	for (uint64_t done = 0; done < nr_bytes; done += n) {
+		n = nr_bytes - done < CHUNK_BYTES ? nr_bytes - done
+						  : CHUNK_BYTES;
+		res = metadata_piece(file, req, pos, done, n);
+		if (res < 0)
+			return res;
+	}
+	return 0;
+}
+
+/* The data first: a write that is cut off between the two does not pass the
+ * check, and one that fails leaves what was there. */
+static int32_t integrity_execute(const struct ul_target_config *config,
+				 struct ul_request *req)
+{
+	int32_t res = null_execute(req), ret;
+
+	if (config->nr_parts)
+		res = loop_execute(config->parts[0], req);
+	if (res < 0)
+		return res;
+	if (req->op != UBLK_IO_OP_FLUSH)
+		ret = metadata_transfer(config, req);
+	else
+		ret = config->nr_parts ? loop_flush(config->parts[1]) : 0;
+	return ret < 0 ? ret : res;
+}
+
 static int32_t target_execute(const struct ul_target *t, struct ul_request *req)
 {
+	if (t->config.kind == UL_TARGET_INTEGRITY)
+		return integrity_execute(&t->config, req);
 	if (t->config.kind == UL_TARGET_NULL)
 		return null_execute(req);
 	if (t->config.kind != UL_TARGET_STRIPE)

@@ -149,6 +149,7 @@ enum {
 	UL_TARGET_LOOP = 1,
 	UL_TARGET_PYTHON = 2,
 	UL_TARGET_STRIPE = 3,
+	UL_TARGET_INTEGRITY = 4,	/* data with metadata: always `base` */
 };
 
 enum {
@@ -165,6 +166,7 @@ enum {
 
 enum {
 	UL_STRIPE_MAX = 16,	/* files of a stripe */
+	UL_METADATA_MAX = 255,	/* bytes a block */
 };
 
 struct ul_target_config {
@@ -178,9 +180,12 @@ struct ul_target_config {
 	uint64_t	dev_nr_bytes;	/* loop: how much of it is mapped */
 	uint64_t	cookie;		/* python: handed out with each work */
 	uint64_t	delay_ns;	/* null: how long each request takes */
-	uint32_t	nr_parts;	/* stripe */
-	uint32_t	chunk_bytes;	/* stripe: a power of 2 */
-	struct ul_target *parts[UL_STRIPE_MAX];	/* stripe: loops, borrowed */
+	uint32_t	nr_parts;	/* stripe; integrity: 2, or 0 as null */
+	uint32_t	chunk_bytes;	/* stripe: a power of 2; integrity: the
+					 * data that metadata_bytes are for */
+	uint32_t	metadata_bytes;	/* integrity: at most UL_METADATA_MAX */
+	struct ul_target *parts[UL_STRIPE_MAX];	/* stripe: loops, borrowed;
+					 * integrity: of data, of metadata */
 };
 
 struct ul_request_info {
