@@ -27,7 +27,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import (
     __version__,
@@ -45,11 +45,14 @@ from . import (
     systemd,
 )
 from .errors import DaemonError, UblkLoopError
-from .launch import LAUNCH_TIMEOUT_S, Launch
+from .launch import LAUNCH_TIMEOUT_S
 from .protocol import EXIT_DO_IT_YOURSELF, Reply
 from .serve import serve_new, serve_recovery, serve_upgrade
-from .standby import Standby
+from .standby import Standby, StandbyServer
 from .supervise import Supervised, let_go
+
+if TYPE_CHECKING:
+    from .launch import Launch
 
 MAX_SESSIONS = 512
 REQUEST_TIMEOUT_S = 10.0
@@ -67,6 +70,7 @@ class Daemon:
     def __init__(self, listener: socket.socket, config_path: str, boots: bool) -> None:
         self.loop = events.Loop()
         self.standby = Standby(self.loop, _do_apart, _rehearse)
+        self.servers = StandbyServer(self.loop, "add", serve_new)
         self._listener = listener
         self._config_path = config_path
         self._boots = boots
@@ -84,10 +88,10 @@ class Daemon:
         self._start_watchdog()
         self._find_devices()
         self._boot()
-        self.standby.refill()
+        self._refill()
         self.loop.run()
         systemd.notify("STOPPING=1")
-        self.standby.close()
+        self._let_standbys_go()
         self.loop.close()
 
     def stop(self) -> None:
@@ -199,7 +203,7 @@ class Daemon:
         # The same process, so the servers remain its children, and systemd sees nothing. Clients
         # that come meanwhile wait in the socket's queue.
         _log.info("daemon executes %s", executable)
-        self.standby.close()
+        self._let_standbys_go()
         environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
         if log.says_priorities():
             environment["JOURNAL_STREAM"] = "1"
@@ -215,7 +219,15 @@ class Daemon:
     def ended(self) -> None:
         """Count out what was under way and is answered, and have a child wait for the next."""
         self.nr_under_way -= 1
+        self._refill()
+
+    def _refill(self) -> None:
         self.standby.refill()
+        self.servers.refill()
+
+    def _let_standbys_go(self) -> None:
+        self.standby.close()
+        self.servers.close()
 
     def _status(self) -> dict[str, Any]:
         devices = [
@@ -245,8 +257,7 @@ class Adding:
         self._loop = daemon.loop
         self._reply = done
         reader, answer_fd = daemon.standby.ask(request)
-        serve = serve_new(two_lines=request.two_lines)
-        self._launch = Launch.fork("add", serve, stdin_fd=answer_fd)
+        self._launch = daemon.servers.take(answer_fd)
         os.close(answer_fd)
         self._loop.watch(reader.fileno(), lambda: let_go(self._loop, reader))
         self._loop.watch(self._launch.report_fd, self._reported)
@@ -484,7 +495,9 @@ def _read_words(request: protocol.Add) -> bytes:
         wish, as_json = cli_add.read_words(request)
     except ValueError as error:
         return protocol.pack_report(**protocol.pack_error(error))
-    return protocol.pack_wish(wish.dev_id, wish.options, wish.spec, as_json)
+    return protocol.pack_wish(
+        protocol.Wish(wish.dev_id, wish.options, wish.spec, as_json, request.two_lines)
+    )
 
 
 def _set_scheduler_apart(loop: events.Loop, dev_id: int) -> None:
@@ -641,6 +654,7 @@ def preload() -> None:
     from . import control, device, handover, manage, sandbox, target, workqueue  # noqa: F401
 
     ctypes.CDLL(None)
+    process.paths_of_python()
     with contextlib.suppress(OSError):
         sandbox.make_filter()
     gc.collect()

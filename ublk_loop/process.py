@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import resource
@@ -191,8 +192,7 @@ def protect_from_mounts(keep: Iterable[str] = ()) -> None:
 
 
 def _unneeded_mounts(keep: Iterable[str]) -> list[bytes]:
-    paths = [path for path in (*sys.path, sys.prefix, "/usr", *keep) if path]
-    needed = [os.fsencode(os.path.realpath(path)) for path in paths]
+    needed = [*paths_of_python(), *(os.fsencode(os.path.realpath(path)) for path in keep)]
     points = []
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
@@ -205,6 +205,13 @@ def _unneeded_mounts(keep: Iterable[str]) -> list[bytes]:
             ):
                 points.append(point)
     return points
+
+
+@functools.cache
+def paths_of_python() -> list[bytes]:
+    """Return where modules and libraries are loaded from; looked for once."""
+    paths = [path for path in (*sys.path, sys.prefix, "/usr") if path]
+    return [os.fsencode(os.path.realpath(path)) for path in paths]
 
 
 def _unescape(field: bytes) -> bytes:

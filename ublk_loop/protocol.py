@@ -235,14 +235,23 @@ def parse_reply(line: bytes) -> Reply:
     )
 
 
-def pack_wish(dev_id: int, options: DeviceOptions, spec: TargetSpec, as_json: bool) -> bytes:
-    """Return what the words of an Add came to, as the process that read them tells the daemon."""
-    return _pack(
-        {"dev_id": dev_id, "options": asdict(options), "spec": asdict(spec), "as_json": as_json}
-    )
+@dataclass(frozen=True)
+class Wish:
+    """What the words of an Add came to, as the process that read them tells the server."""
+
+    dev_id: int
+    options: DeviceOptions
+    spec: TargetSpec
+    as_json: bool
+    two_lines: bool
 
 
-def parse_wish(line: bytes) -> tuple[int, DeviceOptions, TargetSpec, bool]:
+def pack_wish(wish: Wish) -> bytes:
+    """Return the line that is ``wish``."""
+    return _pack(asdict(wish))
+
+
+def parse_wish(line: bytes) -> Wish:
     """Return what :func:`pack_wish` packed.
 
     :raises UsageRefused: what the words came to is an error, by :func:`pack_error`.
@@ -250,12 +259,13 @@ def parse_wish(line: bytes) -> tuple[int, DeviceOptions, TargetSpec, bool]:
     document = parse_json(line, MAX_REQUEST_BYTES)
     if isinstance(document, dict) and "type" in document:
         raise unpack_error(document)
-    fields = Fields("the wish", document, "dev_id", "options", "spec", "as_json")
-    return (
+    fields = Fields("the wish", document, *Wish.__dataclass_fields__)
+    return Wish(
         fields.integer("dev_id", -1, MAX_DEV_ID),
         parse_options(fields.value("options")),
         parse_spec(fields.value("spec")),
         fields.boolean("as_json"),
+        fields.boolean("two_lines"),
     )
 
 

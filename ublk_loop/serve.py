@@ -1,6 +1,7 @@
 """What a forked server does: for a new device, for one whose server died, and for one that lives.
 
-Each function returns what :mod:`launch`, or the daemon, runs in the child that becomes the server.
+Each function is, or returns, what :mod:`launch`, or the daemon, runs in the child that becomes the
+server.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import listing, protocol
+from .state import DeviceOptions, TargetSpec
 
 if TYPE_CHECKING:
     from .control import DevInfo
@@ -18,27 +20,32 @@ if TYPE_CHECKING:
     from .state import DeviceState
 
 
-def serve_new(*, two_lines: bool) -> Serve:
-    """Return what a server runs that the daemon forks for ``ublk add``.
+# Read before there is one to read, by a server that waits: standby.py says why.
+_REHEARSED = protocol.Wish(
+    -1, DeviceOptions(), TargetSpec("loop", path="/"), as_json=False, two_lines=False
+)
 
-    What to serve comes on its stdin (:func:`.protocol.parse_wish`): the words are read meanwhile.
+
+def serve_new(on_added: OnAdded, on_live: OnLive) -> None:
+    """Be a server that the daemon forks for ``ublk add``, before or after it is asked for one.
+
+    What to serve comes by the socket on its stdin (:func:`.protocol.parse_wish`).
     """
     from . import server
 
-    as_json = False
+    as_json = two_lines = False
 
     def find_request() -> server.Request:
-        nonlocal as_json
-        dev_id, options, spec, as_json = protocol.parse_wish(server.read_stdin())
-        return server.Request(options, spec, dev_id=dev_id)
+        nonlocal as_json, two_lines
+        protocol.parse_wish(protocol.pack_wish(_REHEARSED))
+        wish = protocol.parse_wish(server.receive_request())
+        as_json, two_lines = wish.as_json, wish.two_lines
+        return server.Request(wish.options, wish.spec, dev_id=wish.dev_id)
 
     def show(*live: Any) -> str:
         return listing.shown(*live, as_json=as_json, two_lines=two_lines)
 
-    def serve(on_added: OnAdded, on_live: OnLive) -> None:
-        server.serve(find_request, show, on_added, on_live)
-
-    return serve
+    server.serve(find_request, show, on_added, on_live)
 
 
 def serve_recovery(dev_id: int, *, as_json: bool = False, two_lines: bool = False) -> Serve:

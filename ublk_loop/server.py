@@ -18,6 +18,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -103,7 +104,8 @@ def serve(
     LEAVE_SIGNAL ends the server, and the device waits for another one. The caller sees to the
     device's scheduler (:func:`.device.set_scheduler`) once it is live.
 
-    :param find_request: returns what to serve; called when all is done that does not depend on it.
+    :param find_request: returns what to serve; called when all is done that does not depend on it,
+        and before the driver is opened: it may take as long as it likes.
     :param on_added: called with the dev_id, the inode in sysfs, and a warning or an empty text,
         once the device exists.
     :param on_live: called with the dev_id and what ``describe`` returned. If it raises, the device
@@ -112,11 +114,11 @@ def serve(
     """
     from .control import Control
 
+    process.protect_from_reclaim()
+    request = find_request()
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(_Events())
-        process.protect_from_reclaim()
         control = stack.enter_context(Control())
-        request = find_request()
         target = _wait_for_target(request)
         process.protect_from_mounts(keep=[state.state_dir()])
         sandbox = Sandbox(keep=_needed_capabilities(request.spec))
@@ -444,12 +446,20 @@ def server_main(
     return _serve_and_report(serve, what, is_recovery, report_fd)
 
 
-def read_stdin() -> bytes:
-    """Return what a forked server was given on stdin, which is /dev/null from then on."""
-    with open(0, "rb", closefd=False) as stdin, open(os.devnull, "rb") as null:
-        data = stdin.read()
+def receive_request() -> bytes:
+    """Return what comes by the file that a forked server is sent by the socket on its stdin.
+
+    From then on stdin is /dev/null.
+
+    :raises BrokenPipeError: whoever had the other end is gone, and wants no server.
+    """
+    with socket.socket(fileno=os.dup(0)) as waits:
+        _, fds, _, _ = socket.recv_fds(waits, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise BrokenPipeError
+    with open(fds[0], "rb") as file, open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-    return data
+        return file.read()
 
 
 def _serve_and_report(serve: Serve, what: str, is_recovery: bool, report_fd: int) -> int:

@@ -1,10 +1,13 @@
-"""A child of the daemon's, forked before there is anything to do for it.
+"""Children of the daemon's, forked before there is anything to do for them.
 
-    Standby   keeps one child ready; ask() hands it a request and returns where the answer comes
+    Standby         keeps one child ready; ask() hands it a request and returns where the answer
+                    comes
+    StandbyServer   keeps one server ready; take() tells it where its request comes and returns it
 
 What Python runs it also writes to: a fresh child copies some MiB, a page at a time, which takes
 longer than what it was asked for. So one child has rehearsed, and waits on a pipe. It does one
-request and ends: nothing of one command is left for the next. It ends too when the daemon does.
+request and ends: nothing of one command is left for the next. A server has done what does not
+depend on the device, and waits on a socket. Both end when the daemon does.
 
 Runs on the daemon's loop; never blocks it.
 """
@@ -14,13 +17,19 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import protocol
 from .events import Loop
+from .launch import Launch
 from .process import ServerProcess, fork
 from .protocol import Request
 from .supervise import let_go
+
+if TYPE_CHECKING:
+    from .server import Serve
 
 
 class Standby:
@@ -81,6 +90,64 @@ class Standby:
             _answer(answer_fd, self._do(protocol.parse_request(line)))
 
 
+class StandbyServer:
+    """Gives away servers that were forked before they were asked for.
+
+    :param serve: what a server runs; it begins with :func:`.server.receive_request`.
+    """
+
+    def __init__(self, loop: Loop, what: str, serve: Serve) -> None:
+        self._loop = loop
+        self._what = what
+        self._serve = serve
+        self._waiting: _Waiting | None = None
+
+    def refill(self) -> None:
+        """Fork a server for the next request, unless one waits."""
+        if self._waiting is None:
+            self._waiting = _Waiting(self._what, self._serve)
+            self._loop.watch(self._waiting.launch.process.fileno(), self.close)
+
+    def take(self, request_fd: int) -> Launch:
+        """Return a server that reads its request from ``request_fd``, which stays the caller's."""
+        waiting = self._waiting
+        if waiting is not None and waiting.tell(request_fd):
+            self._waiting = None
+            self._loop.unwatch(waiting.launch.process.fileno())
+        else:
+            waiting = _Waiting(self._what, self._serve)
+            waiting.tell(request_fd)
+        waiting.close()
+        return waiting.launch
+
+    def close(self) -> None:
+        """Let the server go that waits, and see it end."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.close()
+            self._loop.unwatch(waiting.launch.process.fileno())
+            waiting.launch.reap(5)
+            waiting.launch.close()
+
+
+class _Waiting:
+    """A server, and the socket on which it waits."""
+
+    def __init__(self, what: str, serve: Serve) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self.launch = Launch.fork(what, serve, stdin_fd=theirs.fileno())
+
+    def tell(self, request_fd: int) -> bool:
+        """Have it read its request from ``request_fd``; False: it is gone."""
+        with contextlib.suppress(BrokenPipeError):
+            return socket.send_fds(self._socket, [b"\0"], [request_fd]) == 1
+        return False
+
+    def close(self) -> None:
+        self._socket.close()
+
+
 class _Child:
     """A child with a pipe to it and one from it: ``main`` gets its ends of both."""
 
@@ -111,6 +178,7 @@ class _Child:
 def _answer(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
+    os.close(fd)  # by itself the kernel does that last, after all memory is given back
 
 
-__all__ = ["Standby"]
+__all__ = ["Standby", "StandbyServer"]

@@ -135,8 +135,9 @@ def test_client_leaves_to_click_what_is_for_no_daemon(
 
 
 def test_wish_is_the_same_when_read_again_and_an_error_is_raised_again() -> None:
-    wish = (3, DeviceOptions(flags=0x18), TargetSpec("loop", path="/srv/d.img"), True)
-    assert protocol.parse_wish(protocol.pack_wish(*wish)) == wish
+    spec = TargetSpec("loop", path="/srv/d.img")
+    wish = protocol.Wish(3, DeviceOptions(flags=0x18), spec, as_json=True, two_lines=False)
+    assert protocol.parse_wish(protocol.pack_wish(wish)) == wish
     error = protocol.pack_error(DaemonError(errno.EPERM, "a", "b"))
     with pytest.raises(DaemonError, match="a: Operation not permitted: b"):
         protocol.parse_wish(json.dumps(error).encode())

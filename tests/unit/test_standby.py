@@ -1,4 +1,4 @@
-"""The child that a daemon keeps ready."""
+"""The child, and the server, that a daemon keeps ready."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import select
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from ublk_loop import events, protocol
-from ublk_loop.standby import Standby
+from ublk_loop import events, protocol, server
+from ublk_loop.standby import Standby, StandbyServer
 
 REHEARSED = b"rehearsed "
 
@@ -108,4 +109,69 @@ def test_child_that_waits_ends_with_its_parent(parent: _Parent) -> None:
     [waiting] = _children()
     parent.standby.close()
     assert _children() == []
+    assert not os.path.exists(f"/proc/{waiting}")
+
+
+# ---- a server ----
+
+
+def _serve(on_added: server.OnAdded, on_live: server.OnLive) -> None:
+    on_live(7, server.receive_request().decode())
+
+
+@pytest.fixture
+def servers() -> Iterator[StandbyServer]:
+    loop = events.Loop()
+    servers = StandbyServer(loop, "add", _serve)
+    yield servers
+    servers.close()
+    loop.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
+
+
+def _told(servers: StandbyServer, text: bytes) -> tuple[int, str]:
+    """Return the pid of the server that was told ``text``, and what it has read."""
+    request_fd, our_fd = os.pipe()
+    launch = servers.take(request_fd)
+    os.close(request_fd)
+    os.write(our_fd, text)
+    os.close(our_fd)
+    while not launch.hear():
+        pass
+    assert launch.reap(10)
+    launch.close()
+    return launch.process.pid, launch.live
+
+
+@pytest.fixture(autouse=True)
+def _state_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path))
+
+
+def test_server_that_waits_reads_one_request_and_the_next_server_the_next(
+    servers: StandbyServer,
+) -> None:
+    servers.refill()
+    servers.refill()
+    [waiting] = _children()
+    assert _told(servers, b"first") == (waiting, "first")
+    assert _told(servers, b"second")[1] == "second"
+
+
+def test_request_is_read_though_the_server_that_waited_was_killed(servers: StandbyServer) -> None:
+    servers.refill()
+    [waiting] = _children()
+    os.kill(waiting, signal.SIGKILL)
+    os.waitid(os.P_PID, waiting, os.WEXITED | os.WNOWAIT)
+    pid, text = _told(servers, b"words")
+    assert (pid != waiting, text) == (True, "words")
+
+
+def test_server_that_waits_ends_with_its_parent_and_reports_nothing(
+    servers: StandbyServer,
+) -> None:
+    servers.refill()
+    [waiting] = _children()
+    servers.close()
     assert not os.path.exists(f"/proc/{waiting}")

@@ -1,4 +1,4 @@
-"""Where backing files lie: tmpfs, ext4 on a RAM disk, ext4 on a null_blk disk with latency.
+"""Where backing files lie: tmpfs, a file system on a RAM disk, ext4 on a disk with latency.
 
 In: a name and a number of files. Out: a mounted directory, gone again at the end. Root only.
 """
@@ -16,11 +16,18 @@ from .errors import CompareError, run
 
 WORK = Path("/run/ublk-compare")
 NONE = "none"
+MKFS = {
+    "ext4": ("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0"),
+    "xfs": ("mkfs.xfs", "-q"),
+    "btrfs": ("mkfs.btrfs", "-q"),
+}
+ROOM_OF_FS = 300 << 20  # the least that xfs is made with, and more than its log
 
 
 @dataclass(frozen=True)
 class Backing:
-    """``tmpfs``, ``ext4`` (on brd), ``null_blk:USEC`` (under ext4), ``none`` (for null targets)."""
+    """``tmpfs``, ``ext4``, ``xfs`` or ``btrfs`` (on brd), ``null_blk:USEC`` (under ext4), ``none``
+    (for null targets)."""
 
     name: str
     nr_bytes: int = 128 << 20
@@ -28,9 +35,10 @@ class Backing:
     def check(self) -> None:
         """Check the name. :raises ValueError: if it names no backing."""
         kind, _, usec = self.name.partition(":")
-        known = self.name in ("tmpfs", "ext4", NONE) or (kind == "null_blk" and usec.isdigit())
+        known = self.name in ("tmpfs", *MKFS, NONE) or (kind == "null_blk" and usec.isdigit())
         if not known:
-            raise ValueError(f"backing {self.name!r} is none of tmpfs, ext4, null_blk:USEC, none")
+            names = ", ".join(("tmpfs", *MKFS, "null_blk:USEC", NONE))
+            raise ValueError(f"backing {self.name!r} is none of {names}")
 
     @property
     def is_cold(self) -> bool:
@@ -48,15 +56,15 @@ class Backing:
                 run("mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(root))
                 stack.callback(run, "umount", str(root))
             elif self.name != NONE:
-                disk = stack.enter_context(self._disk(room + room // 8))  # ext4's own part
-                run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0", disk)
+                disk = stack.enter_context(self._disk(room + room // 8 + ROOM_OF_FS))
+                run(*MKFS.get(self.name, MKFS["ext4"]), disk)
                 run("mount", disk, str(root))
                 stack.callback(run, "umount", str(root))
             yield root
 
     @contextlib.contextmanager
     def _disk(self, room: int) -> Iterator[str]:
-        if self.name == "ext4":
+        if self.name in MKFS:
             run("modprobe", "brd", "rd_nr=1", f"rd_size={room >> 10}")
             try:
                 yield "/dev/ram0"

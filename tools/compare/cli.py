@@ -58,7 +58,9 @@ Examples:
 )
 @click.option("--subject", "subjects", multiple=True, help="Repeatable; the first: the baseline.")
 @click.option("--job", "jobs", multiple=True, help="RW:BS:DEPTH[:JOBS[:BATCH]]. Repeatable.")
-@click.option("--backing", "backings", multiple=True, help="tmpfs, ext4, null_blk:USEC or none.")
+@click.option(
+    "--backing", "backings", multiple=True, help="tmpfs, ext4, xfs, btrfs, null_blk:USEC or none."
+)
 @click.option("--seconds", type=click.FloatRange(min=0.05), help="Length of one fio run.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Exactly so many rounds.")
 @click.option(
