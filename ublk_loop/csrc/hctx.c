@@ -30,6 +30,12 @@
 #define MADV_DONTNEED_LOCKED	24
 #endif
 
+/* A request of up to so much has a small buffer: all of them together are a huge
+ * page at the default depth, where one large one is a quarter of one, which has to
+ * be zeroed when it is first touched.  In copy mode the driver is told of a tag's
+ * buffer before it has a request. */
+#define SMALL_BYTES	(16 * 1024)
+
 /* Lives from ul_hctx_create() to ul_hctx_destroy().
  * I: set at create.  P: set by prepare, undone as run returns.
  * R: its iothread only.
@@ -42,8 +48,11 @@ struct ul_hctx {
 	struct ul_target	*target;	/* I: borrowed */
 	struct ul_workqueue	*wq;		/* I: borrowed */
 	struct ul_request	*requests;	/* I: owned, [queue_depth] */
-	char			*arena;		/* I: owned, a buffer a tag */
-	size_t			buffer_bytes;	/* I: of one tag, whole pages */
+	char			*arena;		/* I: owned, small and large
+						 * buffers, one a tag each */
+	size_t			buffer_bytes;	/* I: of a large one, whole
+						 * pages */
+	size_t			small_bytes;	/* I: of all small ones */
 	size_t			arena_bytes;	/* I */
 	const char		*descs;		/* P: driver's, read-only */
 	struct ul_plug		plug;		/* R: this batch's writes */
@@ -87,7 +96,12 @@ static uint16_t hctx_batch_flags(const struct ul_hctx *h)
 
 static char *hctx_buffer(const struct ul_hctx *h, uint16_t tag)
 {
-	return h->arena + tag * h->buffer_bytes;
+	return h->arena + h->small_bytes + tag * h->buffer_bytes;
+}
+
+static char *hctx_small_buffer(const struct ul_hctx *h, uint16_t tag)
+{
+	return h->arena + tag * SMALL_BYTES;
 }
 
 static void hctx_init_requests(struct ul_hctx *h)
@@ -108,7 +122,10 @@ static int hctx_make_arena(struct ul_hctx *h)
 	/* Pages come with the first request that touches them, huge ones if
 	 * there are any, and go once the device is idle. */
 	h->buffer_bytes = ul_page_round_up(h->config.max_io_buf_bytes);
-	h->arena_bytes = h->buffer_bytes * h->config.queue_depth;
+	if (hctx_is_user_copy(h))
+		h->small_bytes = SMALL_BYTES * h->config.queue_depth;
+	h->arena_bytes =
+		h->small_bytes + h->buffer_bytes * h->config.queue_depth;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
@@ -508,7 +525,12 @@ static void hctx_set_buffer(struct ul_hctx *h, struct ul_request *req,
 	req->is_shared = shared;
 	h->thread->may_give_back |= !shared;
 	h->stats.nr_shared += req->is_shared;
-	req->buffer = shared ? shared : hctx_buffer(h, req->tag);
+	if (shared)
+		req->buffer = shared;
+	else if (h->small_bytes && req->nr_bytes <= SMALL_BYTES)
+		req->buffer = hctx_small_buffer(h, req->tag);
+	else
+		req->buffer = hctx_buffer(h, req->tag);
 }
 
 /* Under load there is always a next request, and we would never be done.  With
