@@ -215,6 +215,36 @@ def test_used_page_that_is_discarded_reads_as_zeroes_and_stays_a_hole(
     assert path.stat().st_blocks * 512 == MIB // 2
 
 
+def test_part_of_used_pages_that_is_discarded_is_a_hole_and_the_rest_is_kept(
+    device, backing_file, open_block, pattern
+) -> None:
+    begin, end = 61 * 4 * KIB, 191 * 4 * KIB  # neither is a multiple of 64 pages
+    path = backing_file(2 * MIB, pattern(2 * MIB))
+    dev = device(LoopTarget(path), policy="auto")
+    model = bytearray(pattern(2 * MIB))
+    model[begin:end] = bytes(end - begin)
+    with open_block(dev.block_path) as client:
+        assert client.read(0, 2 * MIB) == pattern(2 * MIB)
+        client.discard(begin, end - begin)
+        for at in range(0, 2 * MIB, 4 * KIB):
+            assert client.read(at, 4 * KIB) == model[at : at + 4 * KIB]
+    assert path.stat().st_blocks * 512 == 2 * MIB - (end - begin)
+
+
+def test_hole_that_was_read_is_read_as_it_is_written_then(
+    device, backing_file, open_block, pattern
+) -> None:
+    path = backing_file(MIB)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        assert client.read(0, MIB // 2) == bytes(MIB // 2)
+        for turn in range(3):  # by a system call, then by the mapping
+            data = pattern(256 * KIB, seed=turn)
+            client.write(4 * KIB, data)
+            assert client.read(0, MIB // 2) == bytes(4 * KIB) + data + bytes(MIB // 4 - 4 * KIB)
+    assert path.stat().st_blocks * 512 == 256 * KIB
+
+
 @pytest.mark.parametrize("offset_bytes", [512, 4096 + 1536])
 def test_mapping_of_a_device_at_an_odd_offset_begins_there(
     device, backing_file, open_block, pattern, offset_bytes

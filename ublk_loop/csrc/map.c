@@ -39,6 +39,9 @@
 
 #define COPIES_PER_CHECK	64
 #define WORD_BITS		64
+/* Of so many bytes the kernel maps the pages that are there at one read fault
+ * (fault_around_bytes). */
+#define TOUCH_BYTES		(64 * 1024)
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
 struct ul_map {
@@ -50,6 +53,9 @@ struct ul_map {
 	_Atomic unsigned int	nr_forgets;	/* A */
 	_Atomic uint64_t	*read;		/* I: owned, behind resident; a
 						 * bit a page, A: read cold */
+	_Atomic uint64_t	*asked;		/* I: owned, behind read; a bit
+						 * a word, A: of a file in
+						 * memory; NULL: a disk's */
 	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
 };
 
@@ -112,6 +118,18 @@ static bool bits_have(const _Atomic uint64_t *bits, uint64_t page)
 	       1;
 }
 
+/* The bits of a word, whose first one is @page's, that are those of a range. */
+static uint64_t word_mask(uint64_t page, uint64_t begin, uint64_t end)
+{
+	uint64_t mask = ~0ULL;
+
+	if (begin > page)
+		mask <<= begin - page;
+	if (end < page + WORD_BITS)
+		mask &= ~(~0ULL << (end - page));
+	return mask;
+}
+
 static bool map_knows(const struct ul_map *m, uint64_t page)
 {
 	return bits_have(m->resident, page);
@@ -120,13 +138,32 @@ static bool map_knows(const struct ul_map *m, uint64_t page)
 static void map_forget_all(struct ul_map *m)
 {
 	atomic_fetch_add(&m->nr_forgets, 1);
-	for (uint64_t word = 0; word * WORD_BITS < m->nr_pages; word++)
+	for (uint64_t word = 0; word * WORD_BITS < m->nr_pages; word++) {
 		atomic_store_explicit(&m->resident[word], 0,
 				      memory_order_relaxed);
+		if (m->asked)
+			atomic_store_explicit(&m->asked[word / WORD_BITS], 0,
+					      memory_order_relaxed);
+	}
+}
+
+static void bits_set(_Atomic uint64_t *bits, uint64_t page)
+{
+	atomic_fetch_or_explicit(&bits[page / WORD_BITS],
+				 1ULL << page % WORD_BITS,
+				 memory_order_relaxed);
+}
+
+static void bits_clear(_Atomic uint64_t *bits, uint64_t page)
+{
+	atomic_fetch_and_explicit(&bits[page / WORD_BITS],
+				  ~(1ULL << page % WORD_BITS),
+				  memory_order_relaxed);
 }
 
 /* Ask the kernel about a word's pages: asking for 64 costs little more than
- * asking for one. */
+ * asking for one.  In memory, a hole stays one until somebody writes there: it is
+ * asked about once. */
 static void map_ask(struct ul_map *m, uint64_t word)
 {
 	uint64_t page = word * WORD_BITS;
@@ -134,6 +171,11 @@ static void map_ask(struct ul_map *m, uint64_t word)
 	unsigned char answers[WORD_BITS];
 	uint64_t bits = 0;
 
+	if (m->asked) {
+		if (bits_have(m->asked, word))
+			return;
+		bits_set(m->asked, word);
+	}
 	if (nr_pages > WORD_BITS)
 		nr_pages = WORD_BITS;
 	if (mincore(m->bytes + (page << m->page_shift),
@@ -188,14 +230,15 @@ static void map_check_faults(struct ul_map *m)
 
 /* ---- what map.h declares ---- */
 
-/* Where the page cache is the file: not so on a network, nor under FUSE. */
-static bool fd_is_local(int fd)
+static bool is_memory(const struct statfs *fs)
 {
-	struct statfs fs;
+	return fs->f_type == TMPFS_MAGIC || fs->f_type == RAMFS_MAGIC;
+}
 
-	if (fstatfs(fd, &fs))
-		return false;
-	switch (fs.f_type) {
+/* Where the page cache is the file: not so on a network, nor under FUSE. */
+static bool is_local(const struct statfs *fs)
+{
+	switch (fs->f_type) {
 	case TMPFS_MAGIC:
 	case RAMFS_MAGIC:
 	case EXT4_SUPER_MAGIC:
@@ -216,16 +259,17 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	uint64_t nr_pages =
 		(lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
 	uint64_t nr_words = nr_pages / WORD_BITS + 1;
-	struct ul_map *m =
-		calloc(1, sizeof(*m) + 2 * nr_words * sizeof(m->resident[0]));
+	uint64_t nr_asked = nr_words / WORD_BITS + 1;
+	struct statfs fs;
+	struct ul_map *m;
 	void *bytes;
 
+	if (fstatfs(fd, &fs) || !is_local(&fs))
+		return -EOPNOTSUPP;
+	m = calloc(1, sizeof(*m) + (2 * nr_words + nr_asked) *
+					   sizeof(m->resident[0]));
 	if (!m)
 		return -ENOMEM;
-	if (!fd_is_local(fd)) {
-		free(m);
-		return -EOPNOTSUPP;
-	}
 	bytes = mmap(NULL, lead_bytes + nr_bytes,
 		     read_only ? PROT_READ : PROT_READ | PROT_WRITE,
 		     MAP_SHARED | MAP_NORESERVE, fd, offset_bytes - lead_bytes);
@@ -236,6 +280,8 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
 	munlock(bytes, lead_bytes + nr_bytes);
 	m->read = m->resident + nr_words;
+	if (is_memory(&fs))
+		m->asked = m->read + nr_words;
 	m->bytes = bytes;
 	m->lead_bytes = lead_bytes;
 	m->nr_bytes = nr_bytes;
@@ -274,11 +320,35 @@ bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
 	is_first = !page || !bits_have(m->read, page - 1);
 	for (; page < end; page++) {
 		is_first &= !bits_have(m->read, page);
-		atomic_fetch_or_explicit(&m->read[page / WORD_BITS],
-					 1ULL << page % WORD_BITS,
-					 memory_order_relaxed);
+		bits_set(m->read, page);
 	}
 	return is_first;
+}
+
+void ul_map_touch(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
+{
+	const char *data = m->bytes + m->lead_bytes + offset_bytes;
+	char byte;
+
+	for (uint64_t at = 0; at < nr_bytes; at += TOUCH_BYTES)
+		ul_map_copy(&byte, data + at, 1);
+	ul_map_copy(&byte, data + nr_bytes - 1, 1);
+}
+
+void ul_map_note_write(struct ul_map *m, uint64_t offset_bytes,
+		       uint64_t nr_bytes)
+{
+	uint64_t begin = map_page(m, offset_bytes);
+	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
+
+	if (!m->asked || !map_has(m, offset_bytes, nr_bytes))
+		return;
+	for (uint64_t page = begin; page < end; page += WORD_BITS) {
+		page -= page % WORD_BITS;
+		atomic_fetch_or_explicit(&m->resident[page / WORD_BITS],
+					 word_mask(page, begin, end),
+					 memory_order_relaxed);
+	}
 }
 
 unsigned int ul_map_nr_forgets(const struct ul_map *m)
@@ -288,15 +358,20 @@ unsigned int ul_map_nr_forgets(const struct ul_map *m)
 
 void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 {
-	uint64_t page = map_page(m, offset_bytes);
+	uint64_t begin = map_page(m, offset_bytes);
 	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
 
 	if (end > m->nr_pages)
 		end = m->nr_pages;
-	for (; page < end; page++)
+	/* A discard may be of all of the device: by words, not by bits. */
+	for (uint64_t page = begin; page < end; page += WORD_BITS) {
+		page -= page % WORD_BITS;
 		atomic_fetch_and_explicit(&m->resident[page / WORD_BITS],
-					  ~(1ULL << page % WORD_BITS),
+					  ~word_mask(page, begin, end),
 					  memory_order_relaxed);
+		if (m->asked)
+			bits_clear(m->asked, page / WORD_BITS);
+	}
 }
 
 void ul_map_refuse_huge(struct ul_map *m)

@@ -22,6 +22,13 @@ char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
  * a stream is not that, but for its beginning.  Any thread. */
 bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
 			  uint64_t nr_bytes);
+/* Read a little of a range that was found.  A file in memory can be written then
+ * without a fault for each page: the kernel maps 16 at a read fault, and one at a
+ * write's.  Any thread that does not block SIGBUS. */
+void ul_map_touch(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
+/* A range was written by a system call: of a file in memory it is resident now. */
+void ul_map_note_write(struct ul_map *map, uint64_t offset_bytes,
+		       uint64_t nr_bytes);
 /* How often it was found that pages had been reclaimed.  Any thread. */
 unsigned int ul_map_nr_forgets(const struct ul_map *map);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that

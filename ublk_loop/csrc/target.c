@@ -287,15 +287,15 @@ static ssize_t loop_pread(const struct ul_target *t, char *data,
 /* All of it or an errno: to the driver (v7.3) any result >= 0 of a WRITE
  * means the whole of it.  Zero bytes means that the file ended early.
  */
-static int32_t loop_read(const struct ul_target *t, struct ul_request *req)
+static int32_t loop_read_to(const struct ul_target *t, char *data,
+			    uint64_t offset_bytes, uint64_t nr_bytes)
 {
-	uint64_t pos = t->config.offset_bytes + req->offset_bytes;
+	uint64_t pos = t->config.offset_bytes + offset_bytes;
 	uint64_t done = 0;
 	ssize_t n;
 
-	while (done < req->nr_bytes) {
-		n = loop_pread(t, (char *)req->buffer + done,
-			       req->nr_bytes - done, pos + done);
+	while (done < nr_bytes) {
+		n = loop_pread(t, data + done, nr_bytes - done, pos + done);
 		if (n > 0)
 			done += n;
 		else if (n == 0)
@@ -303,7 +303,15 @@ static int32_t loop_read(const struct ul_target *t, struct ul_request *req)
 		else if (errno != EINTR)
 			return -errno;
 	}
-	return done;
+	return 0;
+}
+
+static int32_t loop_read(const struct ul_target *t, struct ul_request *req)
+{
+	int32_t res =
+		loop_read_to(t, req->buffer, req->offset_bytes, req->nr_bytes);
+
+	return res ? res : (int32_t)req->nr_bytes;
 }
 
 static int32_t loop_write_from(const struct ul_target *t, const char *data,
@@ -329,6 +337,8 @@ static int32_t loop_write_from(const struct ul_target *t, const char *data,
 		else if (errno != EINTR)
 			return -errno;
 	}
+	if (t->map)
+		ul_map_note_write(t->map, offset_bytes, nr_bytes);
 	return 0;
 }
 
@@ -350,9 +360,13 @@ static bool run_write_as_one(const struct ul_target *t,
 	struct iovec iov[UL_RUN_MAX];
 
 	ul_run_fill(run, iov);
-	return pwritev2(t->config.fd, iov, run->nr,
-			ul_target_pos(t, run->first),
-			0) == (ssize_t)run->nr_bytes;
+	if (pwritev2(t->config.fd, iov, run->nr, ul_target_pos(t, run->first),
+		     0) != (ssize_t)run->nr_bytes)
+		return false;
+	if (t->map)
+		ul_map_note_write(t->map, run->first->offset_bytes,
+				  run->nr_bytes);
+	return true;
 }
 
 /* Write it, and hand it back.  If not all went, each is written by itself: it
@@ -841,11 +855,48 @@ static bool auto_use_map(struct ul_target *t, struct ul_plug *plug,
 	data = ul_map_find(t->map, req->offset_bytes, req->nr_bytes);
 	if (!data)
 		return false;
+	if (t->cold == COLD_INLINE && req->op == UBLK_IO_OP_WRITE &&
+	    req->nr_bytes > JOINED_MAX)
+		ul_map_touch(t->map, req->offset_bytes, req->nr_bytes);
 	if (ul_hctx_is_user_copy(req))
 		return !ul_hctx_user_copy(req, data);
 	if (req->op == UBLK_IO_OP_READ)
 		return ul_map_copy(req->buffer, data, req->nr_bytes);
 	return ul_map_copy(data, req->buffer, req->nr_bytes);
+}
+
+/* Between the request's pages and the file's, by way of one small buffer: it stays
+ * in the CPU's cache, where a buffer a tag would not. */
+static int32_t auto_move_by_chunks(const struct ul_target *t,
+				   struct ul_request *req)
+{
+	bool is_read = req->op == UBLK_IO_OP_READ;
+	uint64_t n, offset;
+	int32_t ret;
+
+	for (uint64_t done = 0; done < req->nr_bytes; done += n) {
+		n = req->nr_bytes - done;
+		if (n > CHUNK_BYTES)
+			n = CHUNK_BYTES;
+		offset = req->offset_bytes + done;
+		ret = is_read ? loop_read_to(t, chunk, offset, n) : 0;
+		if (!ret)
+			ret = ul_hctx_user_copy_part(req, chunk, done, n);
+		if (!ret && !is_read)
+			ret = loop_write_from(t, chunk, n, offset, n, 0);
+		if (ret)
+			return ret;
+	}
+	return req->nr_bytes;
+}
+
+/* Of a file in memory. */
+static int32_t auto_read_inline(const struct ul_target *t,
+				struct ul_request *req)
+{
+	if (ul_hctx_is_user_copy(req))
+		return auto_move_by_chunks(t, req);
+	return loop_read(t, req);
 }
 
 /*
@@ -870,7 +921,7 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 	}
 	switch (t->cold) {
 	case COLD_INLINE:
-		ul_hctx_end(req, loop_read(t, req));
+		req->res = auto_read_inline(t, req);
 		return UL_RQ_DONE;
 	case COLD_ASYNC:
 		req->past_cache = auto_reads_past_cache(t, req);
@@ -925,28 +976,6 @@ static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
 	if (run->first)
 		auto_execute_run(t, run);
 	ul_run_begin(run, req);
-}
-
-/* From the request's pages to the file's, by way of one small buffer: it stays in
- * the CPU's cache, where a buffer a tag would not. */
-static int32_t auto_write_by_chunks(const struct ul_target *t,
-				    struct ul_request *req)
-{
-	uint64_t n;
-	int32_t ret;
-
-	for (uint64_t done = 0; done < req->nr_bytes; done += n) {
-		n = req->nr_bytes - done;
-		if (n > CHUNK_BYTES)
-			n = CHUNK_BYTES;
-		ret = ul_hctx_user_copy_part(req, chunk, done, n);
-		if (!ret)
-			ret = loop_write_from(t, chunk, n,
-					      req->offset_bytes + done, n, 0);
-		if (ret)
-			return ret;
-	}
-	return req->nr_bytes;
 }
 
 /* Of more than a chunk, a copy saved is worth the thread of io_uring's that then
@@ -1004,7 +1033,7 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 		req->registers = auto_registers(t, req);
 		if (req->registers)
 			return UL_RQ_ASYNC;
-		req->res = auto_write_by_chunks(t, req);
+		req->res = auto_move_by_chunks(t, req);
 		return UL_RQ_DONE;
 	}
 	req->res = ul_hctx_copy_in(req);
