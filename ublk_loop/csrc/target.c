@@ -65,7 +65,8 @@
 
 #define ZEROES_BYTES	(64 * 1024)
 
-/* For file systems without FALLOC_FL_ZERO_RANGE; aligned for O_DIRECT. */
+/* For file systems without FALLOC_FL_ZERO_RANGE, and for holes; aligned for
+ * O_DIRECT. */
 static char zeroes[ZEROES_BYTES] __attribute__((aligned(4096)));
 
 /* Who does what is not resident, or is direct. */
@@ -843,6 +844,29 @@ static bool auto_may_map(const struct ul_target *t, struct ul_plug *plug,
 	return ul_target_pos(t, req) + req->nr_bytes <= plug->file_bytes;
 }
 
+/* What a file in memory has not, and has not swapped out either, is zeroes that
+ * nobody needs to make. */
+static bool auto_read_hole(const struct ul_target *t, struct ul_request *req)
+{
+	uint64_t pos = ul_target_pos(t, req), n;
+	off_t data;
+
+	if (t->cold != COLD_INLINE || req->op != UBLK_IO_OP_READ ||
+	    !ul_hctx_is_user_copy(req))
+		return false;
+	data = lseek(t->config.fd, pos, SEEK_DATA);
+	if (data < 0 ? errno != ENXIO : (uint64_t)data < pos + req->nr_bytes)
+		return false;
+	for (uint64_t done = 0; done < req->nr_bytes; done += n) {
+		n = req->nr_bytes - done;
+		if (n > ZEROES_BYTES)
+			n = ZEROES_BYTES;
+		if (ul_hctx_user_copy_part(req, zeroes, done, n))
+			return false;
+	}
+	return true;
+}
+
 /* The data, between the driver's pages, or the buffer they were copied to, and
  * the file's.  False: not done, or not all of it. */
 static bool auto_use_map(struct ul_target *t, struct ul_plug *plug,
@@ -854,7 +878,7 @@ static bool auto_use_map(struct ul_target *t, struct ul_plug *plug,
 		return false;
 	data = ul_map_find(t->map, req->offset_bytes, req->nr_bytes);
 	if (!data)
-		return false;
+		return auto_read_hole(t, req);
 	if (t->cold == COLD_INLINE && req->op == UBLK_IO_OP_WRITE &&
 	    req->nr_bytes > JOINED_MAX)
 		ul_map_touch(t->map, req->offset_bytes, req->nr_bytes);
