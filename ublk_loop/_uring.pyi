@@ -177,6 +177,8 @@ class ul_hctx(CData): ...
 class ul_hctx_config(CData):
     q_id: int
     queue_depth: int
+    first_tag: int
+    nr_tags: int
     max_io_buf_bytes: int
     dev_flags: int
     io_desc_bytes: int

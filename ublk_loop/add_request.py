@@ -53,7 +53,7 @@ def request_of(
             batch=given["batch"],
             data=_data(given),
             poll_us=given["poll_us"],
-            nr_threads=given["nthreads"],
+            nr_threads=_nr_threads(given),
             recovery_deadline_s=deadline_s,
             shared_files=tuple(
                 state.SharedFile(_absolute(path, cwd), read_only=given["shmem_read_only"])
@@ -90,6 +90,17 @@ def _whole_pages(nr_bytes: int) -> int:
     if nr_bytes % PAGE_BYTES:
         raise click.UsageError(f"--max_io_buf_bytes {nr_bytes} is not a multiple of {PAGE_BYTES}")
     return nr_bytes
+
+
+def _nr_threads(given: dict[str, Any]) -> int | None:
+    in_all: int | None = given["nthreads"]
+    a_queue: int = given["threads_a_queue"] or 1
+    if a_queue == 1:
+        return in_all
+    if in_all or given["batch"]:
+        raise click.UsageError("-T excludes --nthreads and -b")
+    nr_queues: int = given["queues"]
+    return min(a_queue * nr_queues, state.MAX_NR_THREADS)
 
 
 def _io_desc_bytes(nr_bytes: int | None) -> int | None:

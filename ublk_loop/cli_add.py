@@ -41,7 +41,7 @@ _THEIR_WORDS = {
 # How those servers work, or end, inside, and what they print. Nothing of it is to be chosen here.
 _NO_WORDS_HERE = {
     *("--no_ublk_fixed_fd", "--per_io_tasks", "--rotate_auto_buf", "--quiet"),
-    *("--quiesce", "--clean_teardown", "--abandon_ring"),
+    *("--quiesce", "--clean_teardown", "--abandon_ring", "-S"),
 }
 TYPE_HELP = {
     "loop": """Serves a regular file or a block device.
@@ -278,8 +278,15 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
 @click.option(
     "--nthreads",
     metavar="NR",
-    type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
+    type=click.IntRange(1, state.MAX_NR_THREADS),
     help="Threads that share the queues; default: one a queue.",
+)
+@click.option(
+    "-T",
+    "threads_a_queue",
+    metavar="NR",
+    type=click.IntRange(1, state.MAX_QUEUE_DEPTH),
+    help="So many times as many threads as queues; not with -b.",
 )
 @click.option(
     "--foreground", is_flag=True, help="Serve in this process; Ctrl-C deletes the device."

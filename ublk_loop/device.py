@@ -152,7 +152,9 @@ class Device:
         :param data: one of DATA_FLAGS, or ``auto``: the fastest for this target and driver.
         :param poll_us: the longest spin of an hctx before it sleeps; 0: none; default: POLL_US. An
             hctx that has one CPU to run on never spins.
-        :param nr_threads: threads that share the queues; default: one a queue.
+        :param nr_threads: threads that share the queues; default: one a queue. Of more than queues
+            each has some tags of every queue, where the driver can (UBLK_F_PER_IO_DAEMON) and
+            ``batch`` is not True; else there is one a queue.
         :param shared_files: memory of clients; implies UBLK_F_SHMEM_ZC and user copy for the rest.
         :param sandbox: takes from the I/O threads what they need not; default: they inherit what
             the calling thread may do.
@@ -169,6 +171,9 @@ class Device:
             flags |= _integrity_flags(data, flags, target)
             flags |= 0 if io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
             flags |= _quiesce_flag(batch, flags, features)
+            shares_queues = nr_threads is not None and nr_threads > nr_hw_queues
+            if batch is None and shares_queues and features & uapi.UBLK_F_PER_IO_DAEMON:
+                batch = False
             flags |= _batch_flag(batch, flags, queue_depth, features)
             copied = flags & (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG)
             supported = SUPPORTED_FLAGS & ~(0 if copied else uapi.UBLK_F_SUPPORT_ZERO_COPY)
@@ -345,8 +350,8 @@ class Device:
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
         self._share(native, shared_files)
-        for q_ids in self._q_ids_of_threads():
-            self._make_thread(cdev_fd, q_ids, native, workqueue)
+        for q_ids, tags in self._q_ids_and_tags_of_threads():
+            self._make_thread(cdev_fd, q_ids, tags, native, workqueue)
         # First of all at close: a worker hands a request back before it is done with the hctx and
         # the native target.
         self._resources.callback(workqueue.flush)
@@ -374,20 +379,27 @@ class Device:
         for thread in self.threads:
             thread.start()
 
-    def _q_ids_of_threads(self) -> list[range]:
+    def _q_ids_and_tags_of_threads(self) -> list[tuple[range, range]]:
+        nr_queues, nr_tags = self.info.nr_hw_queues, self.info.queue_depth
+        nr_threads = self._nr_threads or nr_queues
+        if nr_threads > nr_queues and _may_share_queues(self.info.flags):
+            # Each has some of every queue, so that all help the client of any.
+            return [(range(nr_queues), tags) for tags in _split(nr_tags, min(nr_threads, nr_tags))]
         # Neighbouring queues share a thread: the driver maps neighbouring CPUs to them.
-        nr_queues = self.info.nr_hw_queues
-        nr_threads = min(self._nr_threads or nr_queues, nr_queues)
-        bounds = [index * nr_queues // nr_threads for index in range(nr_threads + 1)]
-        return [range(*pair) for pair in itertools.pairwise(bounds)]
+        return [(q_ids, range(nr_tags)) for q_ids in _split(nr_queues, min(nr_threads, nr_queues))]
 
     def _make_thread(
-        self, cdev_fd: int, q_ids: range, native: NativeTarget, workqueue: Workqueue
+        self,
+        cdev_fd: int,
+        q_ids: range,
+        tags: range,
+        native: NativeTarget,
+        workqueue: Workqueue,
     ) -> None:
         affinity = self._affinity(q_ids)
         thread = IoThread(
             cdev_fd,
-            f"ublk-q{q_ids[0]}",
+            f"ublk-q{q_ids[0]}" + (f"-{tags[0]}" if tags[0] else ""),
             target=native.handle,
             poll_us=self._choose_poll_us(affinity),
             watches=not self.threads and self.dev_id < NR_WATCHES,
@@ -402,6 +414,7 @@ class Device:
                 thread,
                 q_id,
                 queue_depth=self.info.queue_depth,
+                tags=tags,
                 max_io_buf_bytes=self.info.max_io_buf_bytes,
                 dev_flags=self.info.flags,
                 # Drivers that do not know the field leave it 0.
@@ -544,6 +557,16 @@ def _quiesce_flag(batch: bool | None, flags: int, features: int) -> int:
     if batch or recovery != uapi.UBLK_F_USER_RECOVERY:
         return 0
     return features & uapi.UBLK_F_QUIESCE
+
+
+def _may_share_queues(flags: int) -> bool:
+    # With BATCH_IO there is one fetch for all tags of a queue.
+    return bool(flags & uapi.UBLK_F_PER_IO_DAEMON) and not flags & uapi.UBLK_F_BATCH_IO
+
+
+def _split(nr: int, nr_parts: int) -> list[range]:
+    bounds = [index * nr // nr_parts for index in range(nr_parts + 1)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _batch_flag(batch: bool | None, flags: int, queue_depth: int, features: int) -> int:

@@ -39,7 +39,8 @@ class HctxStats:
 class HardwareContext:
     """Queue ``q_id`` of the device that ``thread`` serves; to be made before the thread starts.
 
-    :param queue_depth: tags, 1..4096.
+    :param queue_depth: tags of the queue, 1..4096.
+    :param tags: those that it serves; all of them with UBLK_F_BATCH_IO.
     :param max_io_buf_bytes: the largest request.
     :param dev_flags: UBLK_F_*, as the driver granted them.
     :param io_desc_bytes: the size of a request's descriptor.
@@ -52,6 +53,7 @@ class HardwareContext:
         q_id: int,
         *,
         queue_depth: int,
+        tags: range,
         max_io_buf_bytes: int,
         dev_flags: int,
         io_desc_bytes: int,
@@ -63,6 +65,7 @@ class HardwareContext:
         config = ffi.new("struct ul_hctx_config *")
         config.q_id = q_id
         config.queue_depth = queue_depth
+        config.first_tag, config.nr_tags = tags.start, len(tags)
         config.max_io_buf_bytes = max_io_buf_bytes
         config.dev_flags = dev_flags
         config.io_desc_bytes = io_desc_bytes

@@ -267,7 +267,7 @@ def _wait_until_quiesced(control: Control, info: DevInfo, known: DeviceState) ->
 
 
 def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
-    """Bind the thread of a queue to ``cpus``.
+    """Bind the threads of a queue to ``cpus``.
 
     :raises DaemonError: ENOENT (not a device of ours); EINVAL (no such queue, or none of the CPUs
         can be used); ESRCH (its server is gone).
@@ -286,7 +286,8 @@ def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
         if not os.path.exists(f"/proc/{server.pid}/task/{queue.tid}"):
             raise DaemonError(errno.ESRCH, what, f"queue {q_id} has ended")
         try:
-            os.sched_setaffinity(queue.tid, cpus)
+            for tid in (queue.tid, *queue.other_tids):
+                os.sched_setaffinity(tid, cpus)
         except OSError as error:
             raise DaemonError(error.errno or errno.EIO, what, "see nproc, /proc/cpuinfo") from error
         bound = replace(queue, affinity=tuple(sorted(os.sched_getaffinity(queue.tid))))

@@ -319,11 +319,14 @@ def _state_of(device: Device, request: Request) -> DeviceState:
         spec=spec,
         target=target.describe(),
         nr_recoveries=request.nr_recoveries,
-        queues=tuple(
-            QueueState(hctx.q_id, hctx.thread.tid, tuple(sorted(hctx.thread.affinity)))
-            for hctx in device.hctxs
-        ),
+        queues=tuple(_queue_state(device, q_id) for q_id in range(info.nr_hw_queues)),
     )
+
+
+def _queue_state(device: Device, q_id: int) -> QueueState:
+    first, *others = (hctx.thread for hctx in device.hctxs if hctx.q_id == q_id)
+    affinity = tuple(sorted(first.affinity))
+    return QueueState(q_id, first.tid, affinity, tuple(thread.tid for thread in others))
 
 
 def _wait_for_node(path: str) -> None:

@@ -26,6 +26,7 @@ MAX_DEV_ID = (1 << 20) - 1
 MAX_NR_HW_QUEUES = 4096
 MAX_QUEUE_DEPTH = 4096
 MAX_NR_CPUS = 1 << 16
+MAX_NR_THREADS = 1 << 16
 POLICIES = ("auto", "2014", "base")
 # How the data goes between driver and server, and the UBLK_F_* of each: the driver copies it from
 # and to a buffer of ours; we copy it by pread and pwrite on ublkcN; or the ring reads and writes
@@ -131,11 +132,12 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class QueueState:
-    """One hctx: its thread and the CPUs that the driver wants it on."""
+    """One queue: its thread and the CPUs that the driver wants it on; the others that share it."""
 
     q_id: int
     tid: int
     affinity: tuple[int, ...]
+    other_tids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def parse_options(value: JsonValue) -> DeviceOptions:
         batch=fields.optional_boolean("batch"),
         data=fields.choice("data", DATA_MODES),
         poll_us=fields.optional_integer("poll_us", 0, MAX_POLL_US),
-        nr_threads=fields.optional_integer("nr_threads", 1, MAX_NR_HW_QUEUES),
+        nr_threads=fields.optional_integer("nr_threads", 1, MAX_NR_THREADS),
         recovery_deadline_s=fields.optional_integer("recovery_deadline_s", 1, MAX_DEADLINE_S),
         shared_files=tuple(
             _parse_shared_file(file) for file in fields.array("shared_files", MAX_SHARED_FILES)
@@ -355,16 +357,13 @@ def _parse_queues(value: JsonValue) -> tuple[QueueState, ...]:
 
 
 def _parse_queue(value: JsonValue) -> QueueState:
-    fields = Fields("a queue", value, *QueueState.__dataclass_fields__)
-    cpus = fields.value("affinity")
-    if not isinstance(cpus, list) or not all(
-        type(cpu) is int and 0 <= cpu < MAX_NR_CPUS for cpu in cpus
-    ):
-        raise ValueError("a queue: affinity is not a list of CPU numbers")
+    names = QueueState.__dataclass_fields__
+    fields = Fields("a queue", value, *names, defaults={"other_tids": []})
     return QueueState(
         q_id=fields.integer("q_id", 0, MAX_NR_HW_QUEUES - 1),
         tid=fields.integer("tid", 0, 1 << 22),
-        affinity=tuple(cpu for cpu in cpus if isinstance(cpu, int)),
+        affinity=fields.integers("affinity", MAX_NR_CPUS, MAX_NR_CPUS - 1),
+        other_tids=fields.integers("other_tids", MAX_QUEUE_DEPTH, 1 << 22),
     )
 
 
@@ -448,6 +447,13 @@ class Fields:
         if len(texts) != len(found):
             raise ValueError(f"{self._where}: {name} is not a list of texts")
         return texts
+
+    def integers(self, name: str, max_length: int, high: int) -> tuple[int, ...]:
+        found = self.array(name, max_length)
+        numbers = tuple(nr for nr in found if type(nr) is int and 0 <= nr <= high)
+        if len(numbers) != len(found):
+            raise ValueError(f"{self._where}: {name} is not a list of numbers from 0 to {high}")
+        return numbers
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         found = self.text(name)

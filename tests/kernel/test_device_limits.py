@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from ublk_loop import state
 from ublk_loop.control import list_dev_ids
 from ublk_loop.device import Device
 from ublk_loop.errors import DriverError
@@ -17,6 +19,7 @@ from ublk_loop.uapi import (
     UBLK_F_BATCH_IO,
     UBLK_F_IO_DESC_SIZE,
     UBLK_F_NEED_GET_DATA,
+    UBLK_F_PER_IO_DAEMON,
     UBLK_F_SUPPORT_ZERO_COPY,
     UBLK_F_USER_COPY,
     UBLK_F_ZONED,
@@ -88,6 +91,60 @@ def test_one_thread_serves_all_queues_of_a_device(device, backing_file, fio, bat
     fio(dev.block_path, jobs)
     assert all(hctx.stats().nr_writes and hctx.stats().nr_reads for hctx in dev.hctxs)
     assert dev.errors() == []
+
+
+@pytest.mark.parametrize("data", ["copy", "usercopy", "zerocopy"])
+def test_threads_beyond_the_queues_have_tags_of_every_queue(
+    device, backing_file, ext4_folder, fio, features, data
+) -> None:
+    if not features & UBLK_F_PER_IO_DAEMON:
+        pytest.skip("this driver has one thread a queue (6.16)")
+    path = backing_file(16 * MIB, folder=ext4_folder)
+    target = LoopTarget(path, direct=data == "zerocopy")
+    dev = device(target, nr_hw_queues=2, nr_threads=6, queue_depth=65, data=data)
+    nr_queues = dev.info.nr_hw_queues
+    assert not dev.info.flags & UBLK_F_BATCH_IO
+    assert len({thread.tid for thread in dev.threads}) == len(dev.threads) == 6
+    assert len(dev.hctxs) == 6 * nr_queues
+    jobs = {
+        f"cpu{cpu}": {"rw": "randwrite", "bs": "4k", "size": "8m", "verify": "crc32c"}
+        | {"offset": cpu * 8 * MIB, "cpus_allowed": cpu, "iodepth": 64}
+        for cpu in range(nr_queues)
+    }
+    fio(dev.block_path, jobs)
+    for hctx in dev.hctxs:
+        stats = hctx.stats()
+        assert (stats.nr_errors, bool(stats.nr_writes), bool(stats.nr_reads)) == (0, True, True)
+    assert dev.errors() == []
+
+
+def test_queue_that_threads_share_is_bound_as_one_recovered_and_handed_over(
+    here, add, backing_file, open_block, pattern, features, state_dir
+) -> None:
+    if not features & UBLK_F_PER_IO_DAEMON:
+        pytest.skip("this driver has one thread a queue (6.16)")
+    added = add("-t loop -T 3 -i 1 -f", backing_file(MIB, pattern(MIB)))
+    dev_id = added["dev_id"]
+    for words in ("recover -n", "upgrade -n"):
+        if words == "recover -n":
+            os.kill(added["server_pid"], signal.SIGKILL)
+            os.waitpid(added["server_pid"], 0)
+        assert here(words, dev_id).exit_code == 0
+        [queue] = state.read(dev_id).queues
+        assert len(queue.other_tids) == 2
+        assert here("set_affinity --cpuset 1 -q 0 -n", dev_id).exit_code == 0
+        for tid in (queue.tid, *queue.other_tids):
+            assert os.sched_getaffinity(tid) == {1}
+        with open_block(added["block_device"]) as client:
+            assert client.read(0, MIB) == pattern(MIB)
+
+
+def test_threads_beyond_the_tags_or_with_batches_are_not_made(device, features) -> None:
+    assert len(device(NullTarget(), nr_threads=8, queue_depth=2, batch=False).threads) == (
+        2 if features & UBLK_F_PER_IO_DAEMON else 1
+    )
+    if features & UBLK_F_BATCH_IO:
+        assert len(device(NullTarget(), nr_threads=8, batch=True).threads) == 1
 
 
 @pytest.mark.parametrize("flags", [0, UBLK_F_USER_COPY], ids=["copy", "user_copy"])

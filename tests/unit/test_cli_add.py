@@ -74,9 +74,15 @@ def test_add_of_a_stripe_takes_its_files_in_order(requests: list[Request]) -> No
 
 def test_add_takes_words_that_say_how_other_servers_work_inside(requests: list[Request]) -> None:
     assert ublk("add", "-t", "null", "-r", "1").exit_code == 0
-    words = "--per_io_tasks --no_ublk_fixed_fd --rotate_auto_buf --quiet --quiesce"
+    words = "--per_io_tasks --no_ublk_fixed_fd --rotate_auto_buf --quiet --quiesce -T 1 -S"
     assert ublk(*f"add -t null -r 1 {words} --clean-teardown --abandon-ring".split()).exit_code == 0
     assert requests[0] == requests[1]
+
+
+def test_add_gives_each_queue_so_many_threads(requests: list[Request]) -> None:
+    assert ublk(*["add", "-t", "null", "-q", "2", "-T", "4"]).exit_code == 0
+    assert ublk(*["add", "-t", "null", "-q", "2", "--nthreads", "3"]).exit_code == 0
+    assert [request.options.nr_threads for request in requests] == [8, 3]
 
 
 def test_add_takes_the_kernels_own_test_servers_slow_target(requests: list[Request]) -> None:
@@ -253,6 +259,8 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         f"add -t stripe {'/srv/d.img ' * 17}",
         "add -t null extra",
         "add -t loop -f /srv/d.img /srv/d.img",
+        "add -t null -T 2 --nthreads 4",
+        "add -t null -T 2 -b",
         "add -t null --io_desc_size 16",
         "add -t null --io_desc_size 36",
         "add -t null --io_desc_size 264",

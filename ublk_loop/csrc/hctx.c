@@ -7,6 +7,9 @@
  * done by the thread's ring (ul_target_queue_rq, then commit_rqs for the
  * batch).  What is done is committed.
  *
+ * Several may share a queue, with a part of its tags each, if every tag has a
+ * command of its own (UBLK_F_PER_IO_DAEMON); each is on a thread of its own then.
+ *
  * With UBLK_F_BATCH_IO (batch.c) one command fetches all tags and one a round
  * commits; without it each tag has a command of its own that does both.
  *
@@ -47,7 +50,7 @@ struct ul_hctx {
 	uint16_t		buf_base;	/* I: tag 0 in the buffer table */
 	struct ul_target	*target;	/* I: borrowed */
 	struct ul_workqueue	*wq;		/* I: borrowed */
-	struct ul_request	*requests;	/* I: owned, [queue_depth] */
+	struct ul_request	*requests;	/* I: owned, [nr_tags] */
 	char			*arena;		/* I: owned, small and large
 						 * buffers, one a tag each */
 	size_t			buffer_bytes;	/* I: of a large one, whole
@@ -58,7 +61,7 @@ struct ul_hctx {
 	struct ul_plug		plug;		/* R: this batch's writes */
 	unsigned int		nr_fetched;	/* R: commands that fetch */
 	struct ul_run		reads;		/* R: not yet given to the ring */
-	struct iovec		*iovs;		/* I: owned, [queue_depth], of the */
+	struct iovec		*iovs;		/* I: owned, [nr_tags], of the */
 	unsigned int		nr_iovs;	/* R: sqes not yet submitted */
 	struct ul_batch		batch;		/* R: BATCH_IO */
 	struct ul_hctx_stats	stats;		/* R, but read by all */
@@ -85,6 +88,12 @@ static bool hctx_can_register(const struct ul_hctx *h)
 	return h->config.dev_flags & UBLK_F_SUPPORT_ZERO_COPY;
 }
 
+/* What the driver calls it: we count the tags that are ours. */
+static uint16_t hctx_driver_tag(const struct ul_request *req)
+{
+	return req->hctx->config.first_tag + req->tag;
+}
+
 static uint16_t hctx_batch_flags(const struct ul_hctx *h)
 {
 	if (hctx_is_zero_copy(h))
@@ -108,7 +117,7 @@ static void hctx_init_requests(struct ul_hctx *h)
 {
 	struct ul_request *req;
 
-	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++) {
+	for (unsigned int tag = 0; tag < h->config.nr_tags; tag++) {
 		req = &h->requests[tag];
 		req->hctx = h;
 		req->target = h->target;
@@ -123,9 +132,8 @@ static int hctx_make_arena(struct ul_hctx *h)
 	 * there are any, and go once the device is idle. */
 	h->buffer_bytes = ul_page_round_up(h->config.max_io_buf_bytes);
 	if (hctx_is_user_copy(h))
-		h->small_bytes = SMALL_BYTES * h->config.queue_depth;
-	h->arena_bytes =
-		h->small_bytes + h->buffer_bytes * h->config.queue_depth;
+		h->small_bytes = SMALL_BYTES * h->config.nr_tags;
+	h->arena_bytes = h->small_bytes + h->buffer_bytes * h->config.nr_tags;
 	h->arena = mmap(NULL, h->arena_bytes, PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->arena == MAP_FAILED)
@@ -147,7 +155,7 @@ static int hctx_join_thread(struct ul_hctx *h)
 	h->batch.buf_base = h->buf_base;
 	h->batch.q_id = h->config.q_id;
 	h->batch.flags = hctx_batch_flags(h);
-	ret = ul_batch_init(&h->batch, h->config.queue_depth);
+	ret = ul_batch_init(&h->batch, h->config.nr_tags);
 	if (ret)
 		return ret;
 	ret = ul_iothread_add(t, h);
@@ -155,7 +163,7 @@ static int hctx_join_thread(struct ul_hctx *h)
 		ul_batch_exit(&h->batch);
 		return ret;
 	}
-	t->nr_tags += h->config.queue_depth;
+	t->nr_tags += h->config.nr_tags;
 	t->has_buf_table |= hctx_is_zero_copy(h) || hctx_can_register(h);
 	return 0;
 }
@@ -168,7 +176,10 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	int ret = -ENOMEM;
 
 	if (!config->queue_depth ||
-	    config->queue_depth > UBLK_MAX_QUEUE_DEPTH ||
+	    config->queue_depth > UBLK_MAX_QUEUE_DEPTH || !config->nr_tags ||
+	    config->first_tag + config->nr_tags > config->queue_depth ||
+	    (config->dev_flags & UBLK_F_BATCH_IO &&
+	     config->nr_tags < config->queue_depth) ||
 	    !config->max_io_buf_bytes ||
 	    config->io_desc_bytes < sizeof(struct ublksrv_io_desc))
 		return -EINVAL;
@@ -180,8 +191,8 @@ int ul_hctx_create(const struct ul_hctx_config *config,
 	h->target = target;
 	h->wq = wq;
 	ul_plug_init(&h->plug);
-	h->requests = calloc(config->queue_depth, sizeof(*h->requests));
-	h->iovs = calloc(config->queue_depth, sizeof(*h->iovs));
+	h->requests = calloc(config->nr_tags, sizeof(*h->requests));
+	h->iovs = calloc(config->nr_tags, sizeof(*h->iovs));
 	if (!h->requests || !h->iovs || hctx_make_arena(h))
 		goto free_requests;
 	hctx_init_requests(h);
@@ -232,7 +243,7 @@ static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 	sqe->flags = IOSQE_FIXED_FILE;
 	sqe->user_data = UD(CQE_CMD, h->index, req->tag);
 	cmd->q_id = h->config.q_id;
-	cmd->tag = req->tag;
+	cmd->tag = hctx_driver_tag(req);
 	cmd->result = req->res;
 	cmd->addr = hctx_buffer_addr(h, req);
 	if (hctx_is_zero_copy(h))
@@ -251,7 +262,7 @@ static void hctx_queue_buffer(struct ul_hctx *h, struct ul_request *req,
 	sqe->flags = IOSQE_FIXED_FILE | IOSQE_CQE_SKIP_SUCCESS;
 	sqe->user_data = UD(CQE_BUFFER, h->index, req->tag);
 	cmd->q_id = h->config.q_id;
-	cmd->tag = req->tag;
+	cmd->tag = hctx_driver_tag(req);
 	cmd->addr = h->buf_base + req->tag;
 }
 
@@ -311,7 +322,7 @@ static void hctx_queue_reads(struct ul_hctx *h)
 	h->reads.first = NULL;
 	if (!io_uring_sq_ready(&h->thread->ring.uring))
 		h->nr_iovs = 0;
-	if (run.nr > 1 && h->nr_iovs + run.nr <= h->config.queue_depth) {
+	if (run.nr > 1 && h->nr_iovs + run.nr <= h->config.nr_tags) {
 		hctx_queue_joined(h, &run);
 		return;
 	}
@@ -365,7 +376,7 @@ static int hctx_map_descs(struct ul_hctx *h)
 /* Every tag is ours to serve from here on. */
 static int hctx_fetch_all(struct ul_hctx *h)
 {
-	for (unsigned int tag = 0; tag < h->config.queue_depth; tag++) {
+	for (unsigned int tag = 0; tag < h->config.nr_tags; tag++) {
 		struct ul_request *req = &h->requests[tag];
 
 		if (hctx_is_batch(h))
@@ -374,7 +385,7 @@ static int hctx_fetch_all(struct ul_hctx *h)
 		else
 			hctx_queue_cmd(h, req, UBLK_U_IO_FETCH_REQ);
 	}
-	h->nr_fetched = hctx_is_batch(h) ? 1 : h->config.queue_depth;
+	h->nr_fetched = hctx_is_batch(h) ? 1 : h->config.nr_tags;
 	return hctx_is_batch(h) ? ul_batch_prepare(&h->batch) : 0;
 }
 
@@ -440,15 +451,16 @@ int ul_hctx_user_copy_part(struct ul_request *req, void *data,
 {
 	return hctx_user_copy(req, data,
 			      ublk_user_copy_pos(req->hctx->config.q_id,
-						 req->tag, offset_bytes),
+						 hctx_driver_tag(req),
+						 offset_bytes),
 			      nr_bytes);
 }
 
 int ul_hctx_copy_metadata(struct ul_request *req, void *data,
 			  uint64_t offset_bytes, uint64_t nr_bytes)
 {
-	uint64_t pos = ublk_user_copy_pos(req->hctx->config.q_id, req->tag,
-					  offset_bytes);
+	uint64_t pos = ublk_user_copy_pos(req->hctx->config.q_id,
+					  hctx_driver_tag(req), offset_bytes);
 
 	return hctx_user_copy(req, data, pos | UBLKSRV_IO_INTEGRITY_FLAG,
 			      nr_bytes);
@@ -545,8 +557,8 @@ static bool hctx_leaves_to_next(const struct ul_hctx *h)
 static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 {
 	const struct ublksrv_io_desc *desc =
-		(const void *)(h->descs +
-			       (size_t)req->tag * h->config.io_desc_bytes);
+		(const void *)(h->descs + (size_t)hctx_driver_tag(req) *
+						  h->config.io_desc_bytes);
 
 	if (hctx_leaves_to_next(h))
 		return;

@@ -31,7 +31,7 @@ struct ul_request {
 	uint64_t		nr_bytes;	/* R */
 	uint32_t		op_flags;	/* R: UBLK_IO_F_* */
 	int32_t			res;		/* W: bytes or -errno */
-	uint16_t		tag;		/* I */
+	uint16_t		tag;		/* I: of its hctx's */
 	uint16_t		nr_joined;	/* R: the ring's reads, by next */
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
 	bool			is_shared;	/* R: buffer is the client's */

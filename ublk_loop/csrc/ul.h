@@ -247,6 +247,8 @@ struct ul_hctx;
 struct ul_hctx_config {
 	uint16_t	q_id;
 	uint16_t	queue_depth;
+	uint16_t	first_tag;	/* it serves nr_tags from here on; without */
+	uint16_t	nr_tags;	/* BATCH_IO others may serve the rest */
 	uint32_t	max_io_buf_bytes;
 	uint64_t	dev_flags;	/* UBLK_F_*, as the driver granted them */
 	uint32_t	io_desc_bytes;	/* from one descriptor to the next */
