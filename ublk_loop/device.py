@@ -135,6 +135,7 @@ class Device:
         poll_us: int | None = None,
         nr_threads: int | None = None,
         shared_files: Sequence[SharedFile] = (),
+        open_shared: Callable[[SharedFile], SharedMemory] = SharedMemory,
         timeout_s: float = 30,
         sandbox: Sandbox | None = None,
     ) -> Device:
@@ -156,6 +157,7 @@ class Device:
             each has some tags of every queue, where the driver can (UBLK_F_PER_IO_DAEMON) and
             ``batch`` is not True; else there is one a queue.
         :param shared_files: memory of clients; implies UBLK_F_SHMEM_ZC and user copy for the rest.
+        :param open_shared: called with each, in order.
         :param sandbox: takes from the I/O threads what they need not; default: they inherit what
             the calling thread may do.
         :raises ValueError: before anything changed.
@@ -204,7 +206,7 @@ class Device:
                 _wait_until_ours(device.char_path, timeout_s)
             device.warning = target.mark(info.dev_id)
             control.set_params(info.dev_id, params)
-            device._prepare(timeout_s, shared_files)
+            device._prepare(timeout_s, shared_files, open_shared)
         except BaseException:
             device.delete_quietly()
             raise
@@ -221,6 +223,7 @@ class Device:
         poll_us: int | None = None,
         nr_threads: int | None = None,
         shared_files: Sequence[SharedFile] = (),
+        open_shared: Callable[[SharedFile], SharedMemory] = SharedMemory,
         timeout_s: float = 30,
         sandbox: Sandbox | None = None,
     ) -> Device:
@@ -239,7 +242,7 @@ class Device:
         device = cls(control, target, info, policy, poll_us, nr_threads, sandbox)
         device._recovering = True
         try:
-            device._prepare(timeout_s, shared_files)
+            device._prepare(timeout_s, shared_files, open_shared)
         except BaseException:
             device.close()
             raise
@@ -342,14 +345,19 @@ class Device:
         with contextlib.suppress(OSError):
             self._control.del_dev(self.dev_id)
 
-    def _prepare(self, timeout_s: float, shared_files: Sequence[SharedFile]) -> None:
+    def _prepare(
+        self,
+        timeout_s: float,
+        shared_files: Sequence[SharedFile],
+        open_shared: Callable[[SharedFile], SharedMemory],
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         cdev_fd = _open_char_device(self.char_path, deadline)
         self._resources.callback(os.close, cdev_fd)
         workqueue = self._confined(self._make_workqueue)
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
-        self._share(native, shared_files)
+        self._share(native, shared_files, open_shared)
         for q_ids, tags in self._q_ids_and_tags_of_threads():
             self._make_thread(cdev_fd, q_ids, tags, native, workqueue)
         # First of all at close: a worker hands a request back before it is done with the hctx and
@@ -425,15 +433,26 @@ class Device:
             self._resources.callback(hctx.close)
             self.hctxs.append(hctx)
 
-    def _share(self, native: NativeTarget, files: Sequence[SharedFile]) -> None:
+    def _share(
+        self,
+        native: NativeTarget,
+        files: Sequence[SharedFile],
+        open_shared: Callable[[SharedFile], SharedMemory],
+    ) -> None:
         self.shared_files = tuple(
-            self._share_one(native, index, file) for index, file in enumerate(files)
+            self._share_one(native, index, file, open_shared) for index, file in enumerate(files)
         )
 
-    def _share_one(self, native: NativeTarget, index: int, file: SharedFile) -> SharedFile:
+    def _share_one(
+        self,
+        native: NativeTarget,
+        index: int,
+        file: SharedFile,
+        open_shared: Callable[[SharedFile], SharedMemory],
+    ) -> SharedFile:
         # Returns what the file has to be from now on.
         try:
-            memory = SharedMemory(file)
+            memory = open_shared(file)
         except BackingFileError as error:
             if not self._recovering:
                 raise

@@ -27,14 +27,16 @@ from typing import TYPE_CHECKING, Any
 from . import listing, log, process, protocol, state, uapi
 from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
 from .sandbox import CAP_FOWNER, Sandbox
-from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
+from .state import DeviceOptions, DeviceState, QueueState, SharedFile, TargetSpec
 
 if TYPE_CHECKING:
     from .control import Control, DevInfo
     from .device import Device
     from .params import Params
+    from .shmem import SharedMemory
     from .target import LoopTarget, NullTarget, Target
 
+    OpenShared = Callable[[SharedFile], SharedMemory]
     Describe = Callable[[DevInfo, Params, DeviceState], Any]
     OnAdded = Callable[[int, int, str], None]
     OnLive = Callable[[int, Any], None]
@@ -120,11 +122,12 @@ def serve(
         events = stack.enter_context(_Events())
         control = stack.enter_context(Control())
         target = _wait_for_target(request)
+        open_shared = _open_shared(request)
         process.protect_from_mounts(keep=[state.state_dir()])
         sandbox = Sandbox(keep=_needed_capabilities(request.spec))
         stack.callback(sandbox.close)
         device, known, params = sandbox.run_apart(
-            lambda: _start(control, target, request, sandbox, on_added)
+            lambda: _start(control, target, request, sandbox, on_added, open_shared)
         )
         try:
             if events.stop_requested:
@@ -158,8 +161,9 @@ def _start(
     request: Request,
     sandbox: Sandbox,
     on_added: OnAdded,
+    open_shared: OpenShared,
 ) -> tuple[Device, DeviceState, Params]:
-    device = _make_device(control, target, request, sandbox)
+    device = _make_device(control, target, request, sandbox, open_shared)
     try:
         known = _state_of(device, request)
         on_added(known.dev_id, known.sysfs_ino, device.warning)
@@ -248,7 +252,34 @@ def _needed_capabilities(spec: TargetSpec) -> list[int]:
     return []
 
 
-def _make_device(control: Control, target: Target, request: Request, sandbox: Sandbox) -> Device:
+def _open_shared(request: Request) -> OpenShared:
+    # While the paths can be reached: what is mounted below a disk goes with that. What is wrong
+    # with one is said in its turn.
+    from .shmem import SharedMemory
+
+    opened: list[SharedMemory | BackingFileError] = []
+    for file in request.options.shared_files:
+        try:
+            opened.append(SharedMemory(file))
+        except BackingFileError as error:
+            opened.append(error)
+
+    def hand_out(_: SharedFile) -> SharedMemory:
+        found = opened.pop(0)
+        if isinstance(found, BackingFileError):
+            raise found
+        return found
+
+    return hand_out
+
+
+def _make_device(
+    control: Control,
+    target: Target,
+    request: Request,
+    sandbox: Sandbox,
+    open_shared: OpenShared,
+) -> Device:
     from .device import SUPPORTED_FLAGS, Device
 
     options = request.options
@@ -261,6 +292,7 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
             poll_us=options.poll_us,
             nr_threads=options.nr_threads,
             shared_files=options.shared_files,
+            open_shared=open_shared,
             timeout_s=ADD_TIMEOUT_S,
             sandbox=sandbox,
         )
@@ -289,6 +321,7 @@ def _make_device(control: Control, target: Target, request: Request, sandbox: Sa
         poll_us=options.poll_us,
         nr_threads=options.nr_threads,
         shared_files=options.shared_files,
+        open_shared=open_shared,
         timeout_s=ADD_TIMEOUT_S,
         sandbox=sandbox,
     )

@@ -147,6 +147,24 @@ def test_requests_in_shared_memory_are_served_from_it(
         dev.delete()
 
 
+def test_shared_memory_that_is_mounted_below_a_disk_is_shared(
+    add, ext4_folder, run, features
+) -> None:
+    """ublk add: No such file: the server had unmounted the disk, and what is mounted below it."""
+    if not features & uapi.UBLK_F_SHMEM_ZC:
+        return  # refused, as above
+    folder = ext4_folder / "memory"
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "none", folder)
+    try:
+        path = folder / "shared"
+        path.write_bytes(bytes(MIB))
+        for words in ("--no_batch", ""):
+            assert add(f"-t null {words} --shmem", path)["state"] == "LIVE"
+    finally:
+        run("umount", "--lazy", folder)
+
+
 def test_read_only_shared_memory_serves_writes_and_takes_no_reads(
     device, backing_file, open_block, pattern, features, shared
 ) -> None:
