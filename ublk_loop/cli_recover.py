@@ -93,7 +93,13 @@ def _recover_one(dev_id: int, as_json: bool) -> str:
 
 @click.command(short_help="Have the server leave its device, which waits for ublk recover.")
 @number_option(required=True)
-def quiesce(dev_id: int) -> None:
+@click.option(
+    "--force",
+    is_flag=True,
+    envvar="UBLK_LOOP_DEL_FORCE",
+    help="Though requests in flight fail, as the device was added with -b and -r, or with -e.",
+)
+def quiesce(dev_id: int, force: bool) -> None:
     """Have the server of a device end; requests wait until ublk recover.
 
     For a device that was added with -r or -i: the daemon would replace the server of another.
@@ -104,7 +110,7 @@ def quiesce(dev_id: int) -> None:
     """
     from . import handover
 
-    if not handover.quiesce(dev_id):
+    if not handover.quiesce(dev_id, force=force):
         click.echo(f"ublk: the server of dev {dev_id} was killed: it did not leave", err=True)
 
 

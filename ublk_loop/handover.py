@@ -28,9 +28,10 @@ QUIESCED_TIMEOUT_S = 20.0  # once its server is gone
 _log = logging.getLogger(__name__)
 
 
-def upgradable(dev_id: int) -> DeviceState:
+def upgradable(dev_id: int, *, force: bool = False) -> DeviceState:
     """Return the state of a device whose server can be replaced.
 
+    :param force: though requests fail.
     :raises DriverError: ENODEV.
     :raises DaemonError: ENOENT (not a device of ours); EINVAL (it was not added with recovery);
         EOPNOTSUPP (requests would fail).
@@ -40,27 +41,28 @@ def upgradable(dev_id: int) -> DeviceState:
         info, known = served_here(control, what, dev_id)
     if not info.flags & uapi.UBLK_F_USER_RECOVERY:
         raise DaemonError(errno.EINVAL, what, "it was added without recovery: see ublk add -h")
-    if not _loses_nothing(info):
+    if not force and not _loses_nothing(info):
         hint = "requests would fail meanwhile: it was not added with --recovery reissue"
         raise DaemonError(errno.EOPNOTSUPP, what, hint)
     return known
 
 
-def quiesce(dev_id: int) -> bool:
+def quiesce(dev_id: int, *, force: bool = False) -> bool:
     """Have a device's server leave it, and requests wait for a recovery; False if it was killed.
 
+    :param force: though requests in flight fail, and new ones too where the device was added so.
     :raises DaemonError: as of :func:`upgradable` and :func:`take_from_server`; EINVAL (the daemon
         would replace the server); ETIMEDOUT (the driver keeps the device as it is).
     """
     what = f"quiesce dev {dev_id}"
-    known = upgradable(dev_id)
+    known = upgradable(dev_id, force=force)
     if known.options.recovery_deadline_s is not None:
         hint = "the daemon would replace its server at once: only for devices added with -r or -i"
         raise DaemonError(errno.EINVAL, what, hint)
     has_left = take_from_server(known)
     deadline = time.monotonic() + QUIESCED_TIMEOUT_S
     with Control() as control:
-        while control.get_dev_info(dev_id).state != uapi.UBLK_S_DEV_QUIESCED:
+        while control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_LIVE:
             if time.monotonic() >= deadline:
                 raise DaemonError(errno.ETIMEDOUT, what, "its server is gone, but it is in use yet")
             time.sleep(0.02)
@@ -82,7 +84,7 @@ def take_from_server(known: DeviceState) -> bool:
     if server is None:
         raise DaemonError(errno.ESRCH, what, "its server is gone: see ublk recover")
     with server:
-        if not known.options.flags & uapi.UBLK_F_USER_RECOVERY_REISSUE:
+        if known.options.flags & uapi.UBLK_F_QUIESCE:
             _quiesce(known.dev_id)
         server.send(LEAVE_SIGNAL)
         if server.wait(LEAVE_TIMEOUT_S):

@@ -107,6 +107,32 @@ def test_words_of_the_kernels_test_server_are_taken(
     here("del -a --force")
 
 
+def test_server_leaves_by_force_where_requests_in_flight_would_fail(
+    here: Callable[..., Result],
+    add: Callable[..., dict[str, Any]],
+    backing_file: Callable[..., Path],
+    open_block: Any,
+    pattern: Callable[..., bytes],
+    features: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = "-b" if features & uapi.UBLK_F_BATCH_IO else ""
+    added = add(f"-t loop -r 1 {batch} -f", backing_file(1 << 20, pattern(1 << 20)))
+    dev_id = added["dev_id"]
+    refused = here("quiesce -n", dev_id)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "requests would fail" in refused.stderr
+    assert here("quiesce --force -n", dev_id).exit_code == 0
+    assert here("recover -n", dev_id).exit_code == 0
+    monkeypatch.setenv("UBLK_LOOP_DEL_FORCE", "1")
+    assert here("quiesce -n", dev_id).exit_code == 0
+    [shown] = json.loads(here("list --json -n", dev_id).stdout)
+    assert shown["state"] == "QUIESCED"
+    assert here("recover -n", dev_id).exit_code == 0
+    with open_block(added["block_device"]) as client:
+        assert client.read(0, 1 << 20) == pattern(1 << 20)
+
+
 def test_partitions_are_looked_for_only_when_asked_if_so_told(
     here: Callable[..., Result],
     state_dir: Path,
