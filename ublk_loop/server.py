@@ -166,7 +166,8 @@ def _start(
     device = _make_device(control, target, request, sandbox, open_shared)
     try:
         known = _state_of(device, request)
-        on_added(known.dev_id, known.sysfs_ino, device.warning)
+        warnings = [device.warning, "" if request.recover else _make_way(device.block_path)]
+        on_added(known.dev_id, known.sysfs_ino, "; ".join(filter(None, warnings)))
         state.write(known)
         device.start(START_TIMEOUT_S, scheduler=None)
         _wait_for_node(device.block_path)
@@ -372,6 +373,21 @@ def _wait_for_node(path: str) -> None:
             )
             raise DaemonError(errno.ENOENT, path, hint)
         time.sleep(0.01)
+
+
+def _make_way(path: str) -> str:
+    # Who opens a device that is gone, to write to it, makes a file of that name; no node would come
+    # in its place. Returns a warning.
+    if not os.path.isfile(path):
+        return ""
+    aside = f"{path}.file"
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        raise DaemonError(
+            error.errno or errno.EIO, path, "a file is in the place of its node"
+        ) from None
+    return f"{path} was a file, made by who wrote to a device that was gone: it is {aside} now"
 
 
 def _give_up(device: Device, request: Request) -> None:

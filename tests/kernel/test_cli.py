@@ -170,8 +170,26 @@ def test_add_says_why_and_leaves_nothing_when_it_is_refused(
 
     added = _document(_succeed(here("add -t loop --json -f", path)))
     assert "File exists" in _fail(here("add -t null -n", added["dev_id"]))
-    assert "busy" in _fail(here("add -t loop -f", path))
     assert [each["dev_id"] for each in json.loads(here("list --json").stdout)] == [added["dev_id"]]
+
+
+def test_file_in_the_place_of_a_devices_node_is_moved_aside(
+    here: Here, backing_file: Callable[..., Path], open_block: Any
+) -> None:
+    """fio, begun too late, made a file of /dev/ublkb0, and the next device had no node."""
+    node, aside = Path("/dev/ublkb77"), Path("/dev/ublkb77.file")
+    node.write_text("written to a device that was gone")
+    path = backing_file(FILE_BYTES)
+    try:
+        result = here("add -t loop -n 77 -f", path)
+        assert result.exit_code == 0
+        assert result.stderr.startswith("ublk: warning: /dev/ublkb77 was a file")
+        assert aside.read_text() == "written to a device that was gone"
+        with open_block(node) as client:
+            client.write(0, b"x" * 4096)
+        assert path.read_bytes()[:4096] == b"x" * 4096
+    finally:
+        aside.unlink()
 
 
 def test_add_says_why_and_leaves_nothing_when_the_server_cannot_write_its_state(
