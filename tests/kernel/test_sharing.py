@@ -176,3 +176,12 @@ def test_command_says_what_it_refuses_and_what_it_warns_of(
         assert client.read(4096, 4096) == pattern(4096, seed=1)
     with open_block(upper["block_device"]) as client:
         assert client.read(0, MIB) == pattern(2 * MIB)[MIB:]
+
+
+def test_daemon_passes_the_warning_on(daemon, backing_file) -> None:
+    path = backing_file(MIB)
+    first = daemon.add("-t loop -f", path)
+    reply = daemon.ask_add("-t loop -f", path)
+    assert reply["exit_code"] == 0
+    assert f"the same file as dev {first['dev_id']}, {path}: " in reply["err"]
+    assert reply["err"].startswith("ublk: warning: ")
