@@ -2,13 +2,15 @@
 
 A test that outlives its deadline ends the whole run with the stacks of all threads: a thread that
 sits in the kernel cannot be ended otherwise. ``@pytest.mark.deadline(seconds)`` sets another one.
-With ``UBLK_LOOP_NO_SKIP=1`` a skip is a failure.
+With ``UBLK_LOOP_NO_SKIP=1`` a skip is a failure, but for "this driver ... (6.16)" before Linux
+6.16: the driver of that kernel cannot do what is tested.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -42,9 +44,19 @@ def _skips_are_failures() -> bool:
     return os.environ.get("UBLK_LOOP_NO_SKIP") == "1"
 
 
+def _kernel_is_too_old(reason: object) -> bool:
+    # By the version since which the driver has it, so that nothing is skipped on a newer one.
+    since = re.search(r"this driver .*\((\d+)\.(\d+)\)$", str(reason))
+    ours = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert ours is not None
+    return since is not None and [*map(int, ours.groups())] < [*map(int, since.groups())]
+
+
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and _skips_are_failures() and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if _kernel_is_too_old(reason):
+            return
         report.outcome = "failed"
         report.longrepr = f"skipped under UBLK_LOOP_NO_SKIP=1: {reason}"
 

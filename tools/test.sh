@@ -11,7 +11,8 @@
 # Where a guest with 7.3 is used, tools/icount_gate.py runs too: it fails if a request has become
 # dearer.
 #
-# Installs what it needs on a fresh Debian 12 or 13. Exit code 0: all passed, none skipped.
+# Installs what it needs on a fresh Debian 12 or 13. Exit code 0: all passed, none skipped but
+# what the driver of 6.12 cannot do.
 
 . "$(dirname "$0")/setup.sh"
 
