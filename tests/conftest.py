@@ -46,7 +46,7 @@ def _skips_are_failures() -> bool:
 
 def _kernel_is_too_old(reason: object) -> bool:
     # By the version since which the driver has it, so that nothing is skipped on a newer one.
-    since = re.search(r"this driver .*\((\d+)\.(\d+)\)$", str(reason))
+    since = re.search(r"this driver.* \((\d+)\.(\d+)\)$", str(reason))
     ours = re.match(r"(\d+)\.(\d+)", os.uname().release)
     assert ours is not None
     return since is not None and [*map(int, ours.groups())] < [*map(int, since.groups())]
