@@ -112,6 +112,18 @@ def test_cold_pages_are_read_by_the_ring_and_then_at_once(
     assert after.nr_inline - warm.nr_inline == 1
 
 
+def test_cold_pages_of_a_disk_are_read_at_once_when_they_have_come(
+    device, backing_file, attach_loop, open_block, pattern
+) -> None:
+    with attach_loop(backing_file(MIB, pattern(MIB))) as disk:
+        dev = device(LoopTarget(disk, direct=False), policy="auto")
+        with open_block(dev.block_path) as client:
+            for _ in range(4):  # past the page cache, then into it
+                before = dev.hctxs[0].stats()
+                assert client.read(MIB // 2, 4 * KIB) == pattern(MIB)[MIB // 2 :][: 4 * KIB]
+        assert dev.hctxs[0].stats().nr_inline - before.nr_inline == 1
+
+
 def test_direct_io_is_done_by_the_ring_both_ways(
     device, backing_file, ext4_folder, open_block, pattern
 ) -> None:

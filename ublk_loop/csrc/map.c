@@ -230,15 +230,14 @@ static void map_check_faults(struct ul_map *m)
 
 /* ---- what map.h declares ---- */
 
-static bool is_memory(const struct statfs *fs)
-{
-	return fs->f_type == TMPFS_MAGIC || fs->f_type == RAMFS_MAGIC;
-}
-
 /* Where the page cache is the file: not so on a network, nor under FUSE. */
-static bool is_local(const struct statfs *fs)
+static bool fd_is_local(int fd)
 {
-	switch (fs->f_type) {
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs))
+		return false;
+	switch (fs.f_type) {
 	case TMPFS_MAGIC:
 	case RAMFS_MAGIC:
 	case EXT4_SUPER_MAGIC:
@@ -252,7 +251,7 @@ static bool is_local(const struct statfs *fs)
 }
 
 int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
-		  bool read_only, struct ul_map **map)
+		  bool read_only, bool in_memory, struct ul_map **map)
 {
 	uint64_t page_bytes = sysconf(_SC_PAGESIZE);
 	uint64_t lead_bytes = offset_bytes & (page_bytes - 1);
@@ -260,11 +259,10 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 		(lead_bytes + nr_bytes + page_bytes - 1) / page_bytes;
 	uint64_t nr_words = nr_pages / WORD_BITS + 1;
 	uint64_t nr_asked = nr_words / WORD_BITS + 1;
-	struct statfs fs;
 	struct ul_map *m;
 	void *bytes;
 
-	if (fstatfs(fd, &fs) || !is_local(&fs))
+	if (!fd_is_local(fd))
 		return -EOPNOTSUPP;
 	m = calloc(1, sizeof(*m) + (2 * nr_words + nr_asked) *
 					   sizeof(m->resident[0]));
@@ -280,7 +278,7 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
 	munlock(bytes, lead_bytes + nr_bytes);
 	m->read = m->resident + nr_words;
-	if (is_memory(&fs))
+	if (in_memory)
 		m->asked = m->read + nr_words;
 	m->bytes = bytes;
 	m->lead_bytes = lead_bytes;

@@ -11,9 +11,10 @@
 struct ul_map;
 
 /* offset_bytes: where in the file the map's byte 0 is; any. -EOPNOTSUPP: the
- * page cache is not all there is to this file system. */
+ * page cache is not all there is to this file system.  in_memory: what is not
+ * resident is a hole, and stays one until it is written. */
 int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
-		  bool read_only, struct ul_map **map);
+		  bool read_only, bool in_memory, struct ul_map **map);
 void ul_map_destroy(struct ul_map *map);
 /* Where a range is, if reading or writing it needs no I/O, as far as is known;
  * else NULL.  For the kernel, or ul_map_copy(), to touch: see map.c. */

@@ -145,7 +145,8 @@ static int target_make_map(struct ul_target *t)
 	int ret;
 
 	ret = ul_map_create(config->fd, config->offset_bytes,
-			    config->dev_nr_bytes, read_only, &t->map);
+			    config->dev_nr_bytes, read_only,
+			    t->cold == COLD_INLINE, &t->map);
 	if (ret || read_only)
 		return ret == -EOPNOTSUPP ? 0 : ret;
 	ret = ul_folios_create(t->map, config->direct_fd, config->offset_bytes,
