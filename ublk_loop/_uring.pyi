@@ -300,7 +300,6 @@ class Lib:
     UL_TARGET_DIRECT: int
     UL_TARGET_MAP: int
     UL_STRIPE_MAX: int
-    UL_METADATA_MAX: int
     UL_SHMEM_MAX: int
     def ul_control_create(
         self, control_fd: int, keep_rights: int, control: Array[ul_control], /

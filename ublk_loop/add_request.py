@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import state, uapi
+from .params import PI_TUPLE_BYTES
 from .state import DeviceOptions, Metadata, TargetSpec
 
 if TYPE_CHECKING:
@@ -146,7 +147,6 @@ def _is_on(value: bool | str) -> bool:
 
 
 _PI_CAPS = ("integrity_capable", "integrity_reftag")
-PI_BYTES = {"none": 0, "ip": 8, "t10dif": 8, "nvme": 16}
 # The options that only some types have.
 _TYPES_OF = {
     "path": (("loop", "stripe"), "-f"),
@@ -225,8 +225,9 @@ def _metadata(given: dict[str, Any]) -> Metadata | None:
     if has_reftag and csum == "none":
         raise click.UsageError("--integrity_reftag needs --csum_type")
     pi_offset = given["pi_offset"] or 0
-    if pi_offset + PI_BYTES[csum] > nr_bytes:
-        text = f"{PI_BYTES[csum]} bytes of {csum} at {pi_offset} do not fit --metadata_size"
+    tuple_bytes = PI_TUPLE_BYTES[state.CSUM_TYPES[csum]]
+    if pi_offset + tuple_bytes > nr_bytes:
+        text = f"{tuple_bytes} bytes of {csum} at {pi_offset} do not fit --metadata_size"
         raise click.UsageError(f"{text} {nr_bytes}")
     return Metadata(nr_bytes, pi_offset, csum, given["tag_size"] or 0, is_capable, has_reftag)
 

@@ -341,7 +341,7 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
 )
 @click.option(
     "--csum_type",
-    type=click.Choice(state.CSUM_NAMES),
+    type=click.Choice(list(state.CSUM_TYPES)),
     help="The checksum of the protection information in them; default: there is none.",
 )
 @click.option(

@@ -27,7 +27,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import (
     __version__,
@@ -45,14 +45,11 @@ from . import (
     systemd,
 )
 from .errors import DaemonError, UblkLoopError
-from .launch import LAUNCH_TIMEOUT_S
+from .launch import LAUNCH_TIMEOUT_S, Launch
 from .protocol import EXIT_DO_IT_YOURSELF, Reply
 from .serve import serve_new, serve_recovery, serve_upgrade
 from .standby import Standby, StandbyServer
 from .supervise import Supervised, let_go
-
-if TYPE_CHECKING:
-    from .launch import Launch
 
 MAX_SESSIONS = 512
 REQUEST_TIMEOUT_S = 10.0

@@ -17,18 +17,13 @@ from . import uapi
 from ._uring import ffi, lib
 from .errors import BackingFileError
 from .params import IntegrityParams
-from .target import LoopTarget, NativeTarget, NullTarget, Target
+from .state import CSUM_TYPES
+from .target import LoopTarget, NativeTarget, NullTarget, Target, mark_parts
 
 if TYPE_CHECKING:
     from ._uring import ul_target_config
     from .state import Metadata
 
-CSUM_TYPES = {
-    "none": uapi.LBMD_PI_CSUM_NONE,
-    "ip": uapi.LBMD_PI_CSUM_IP,
-    "t10dif": uapi.LBMD_PI_CSUM_CRC16_T10DIF,
-    "nvme": uapi.LBMD_PI_CSUM_CRC64_NVME,
-}
 _NONE = b"\xff"  # what turns the kernel's checks of a block off
 
 
@@ -100,8 +95,7 @@ class IntegrityTarget(Target):
         return "usercopy"  # by which alone the driver hands out metadata
 
     def mark(self, dev_id: int) -> str:
-        warnings = [part.mark(dev_id) for part in self._parts()]
-        return next(filter(None, warnings), "")
+        return mark_parts(self._parts(), dev_id)
 
     def close(self) -> None:
         for part in self._parts():
@@ -144,4 +138,4 @@ class IntegrityTarget(Target):
             yield config
 
 
-__all__ = ["CSUM_TYPES", "IntegrityTarget"]
+__all__ = ["IntegrityTarget"]

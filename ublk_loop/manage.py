@@ -310,6 +310,9 @@ def resize(dev_id: int, nr_bytes: int | None = None, *, force: bool = False) -> 
     with Control() as control:
         _, known = served_here(control, what, dev_id)
         spec = known.spec
+        if spec.metadata is not None:
+            hint = "a device with metadata keeps the size it began with"
+            raise DaemonError(errno.EINVAL, what, hint)
         if nr_bytes is None:
             nr_bytes = min(_room(what, known), spec.limit_bytes or sys.maxsize)
         else:
@@ -339,8 +342,6 @@ def _check_size(what: str, known: DeviceState, nr_bytes: int) -> None:
         raise DaemonError(errno.EINVAL, what, "a ram device keeps the memory that it began with")
     if known.spec.type == "stripe":
         raise DaemonError(errno.EINVAL, what, "a stripe device keeps the size that it began with")
-    if known.spec.metadata is not None:
-        raise DaemonError(errno.EINVAL, what, "a device with metadata keeps the size it began with")
     if known.spec.type == "loop" and nr_bytes > (room := _room(what, known)):
         hint = f"{known.spec.path} has {room} bytes for it: make it longer first (truncate -s)"
         raise DaemonError(errno.EINVAL, what, hint)
@@ -352,8 +353,6 @@ def _room(what: str, known: DeviceState) -> int:
     spec = known.spec
     if spec.type != "loop":
         raise DaemonError(errno.EINVAL, what, f"a {spec.type} device has no file: say a size")
-    if spec.metadata is not None:
-        raise DaemonError(errno.EINVAL, what, "a device with metadata keeps the size it began with")
     with _backing_file(what, known) as file:
         return max(0, file_nr_bytes(file.fileno()) - spec.offset_bytes)
 

@@ -340,7 +340,7 @@ def _validate_segment(seg: SegmentParams) -> None:
     _require(seg.max_segments > 0, "max_segments is 0")
 
 
-_PI_TUPLE_BYTES = {
+PI_TUPLE_BYTES = {
     LBMD_PI_CSUM_NONE: 0,
     LBMD_PI_CSUM_IP: 8,
     LBMD_PI_CSUM_CRC16_T10DIF: 8,
@@ -352,13 +352,13 @@ def _validate_integrity(integrity: IntegrityParams, basic: BasicParams, flags: i
     _require(bool(flags & UBLK_F_INTEGRITY), "integrity parameters, but the device has none")
     known = LBMD_PI_CAP_INTEGRITY | LBMD_PI_CAP_REFTAG
     _require(not integrity.flags & ~known, f"unknown integrity flags {integrity.flags:#x}")
-    _require(integrity.csum_type in _PI_TUPLE_BYTES, f"unknown csum_type {integrity.csum_type}")
+    _require(integrity.csum_type in PI_TUPLE_BYTES, f"unknown csum_type {integrity.csum_type}")
     _require(integrity.metadata_size != 0, "metadata_size is 0")
     _require(
         integrity.csum_type != LBMD_PI_CSUM_NONE or not integrity.flags & LBMD_PI_CAP_REFTAG,
         "reference tags need a checksum",
     )
-    tuple_end = integrity.pi_offset + _PI_TUPLE_BYTES[integrity.csum_type]
+    tuple_end = integrity.pi_offset + PI_TUPLE_BYTES[integrity.csum_type]
     _require(
         tuple_end <= integrity.metadata_size,
         f"the protection tuple ends at {tuple_end}, after the metadata ({integrity.metadata_size})",

@@ -44,7 +44,12 @@ MAX_DEADLINE_S = 86_400
 TARGET_TYPES = ("loop", "null", "ram", "stripe")
 MAX_STRIPE_FILES = 16
 MAX_DELAY_US = 3_600_000_000
-CSUM_NAMES = ("none", "ip", "t10dif", "nvme")
+CSUM_TYPES = {
+    "none": uapi.LBMD_PI_CSUM_NONE,
+    "ip": uapi.LBMD_PI_CSUM_IP,
+    "t10dif": uapi.LBMD_PI_CSUM_CRC16_T10DIF,
+    "nvme": uapi.LBMD_PI_CSUM_CRC64_NVME,
+}
 MAX_METADATA_BYTES = 255  # of a block
 CHUNK_BYTES = 65536  # of a stripe, as kublk has it
 IO_DESC_BYTES, MAX_IO_DESC_BYTES = 24, 256
@@ -58,7 +63,7 @@ Json: TypeAlias = "dict[str, JsonValue]"
 class Metadata:
     """What each logical block has beside its data: ``nr_bytes``, and what is where in them.
 
-    ``csum``: of the protection information at ``pi_offset``, one of CSUM_NAMES. ``is_capable``: the
+    ``csum``: of the protection information at ``pi_offset``, one of CSUM_TYPES. ``is_capable``: the
     kernel makes and checks it. ``has_reftag``: it has the block's number in it.
     """
 
@@ -340,7 +345,7 @@ def _parse_metadata(value: JsonValue) -> Metadata | None:
     return Metadata(
         nr_bytes=fields.integer("nr_bytes", 1, MAX_METADATA_BYTES),
         pi_offset=fields.integer("pi_offset", 0, MAX_METADATA_BYTES),
-        csum=fields.choice("csum", CSUM_NAMES),
+        csum=fields.choice("csum", tuple(CSUM_TYPES)),
         tag_bytes=fields.integer("tag_bytes", 0, MAX_METADATA_BYTES),
         is_capable=fields.boolean("is_capable"),
         has_reftag=fields.boolean("has_reftag"),

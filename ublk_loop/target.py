@@ -549,6 +549,12 @@ class LoopTarget(Target):
             )
 
 
+def mark_parts(parts: Sequence[Target], dev_id: int) -> str:
+    """Mark all of a target's parts, and return the first warning."""
+    warnings = [part.mark(dev_id) for part in parts]
+    return next(filter(None, warnings), "")
+
+
 class StripeTarget(Target):
     """Several files as one device, chunk by chunk from one to the next (RAID 0).
 
@@ -594,8 +600,7 @@ class StripeTarget(Target):
             raise
 
     def mark(self, dev_id: int) -> str:
-        warnings = [part.mark(dev_id) for part in self._parts]
-        return next(filter(None, warnings), "")
+        return mark_parts(self._parts, dev_id)
 
     @property
     def can_discard(self) -> bool:

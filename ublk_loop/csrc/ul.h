@@ -166,7 +166,6 @@ enum {
 
 enum {
 	UL_STRIPE_MAX = 16,	/* files of a stripe */
-	UL_METADATA_MAX = 255,	/* bytes a block */
 };
 
 struct ul_target_config {
@@ -183,7 +182,7 @@ struct ul_target_config {
 	uint32_t	nr_parts;	/* stripe; integrity: 2, or 0 as null */
 	uint32_t	chunk_bytes;	/* stripe: a power of 2; integrity: the
 					 * data that metadata_bytes are for */
-	uint32_t	metadata_bytes;	/* integrity: at most UL_METADATA_MAX */
+	uint32_t	metadata_bytes;	/* integrity: a block */
 	struct ul_target *parts[UL_STRIPE_MAX];	/* stripe: loops, borrowed;
 					 * integrity: of data, of metadata */
 };
