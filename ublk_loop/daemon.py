@@ -53,6 +53,8 @@ from .supervise import Supervised, let_go
 
 MAX_SESSIONS = 512
 REQUEST_TIMEOUT_S = 10.0
+# A device is live by then; its search for partitions may wait for a backing that does not answer.
+SCHEDULER_WAIT_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -241,7 +243,7 @@ class Daemon:
 
 
 class Adding:
-    """A device on its way: its server until it is live, then a reply.
+    """A device on its way: its server until it is live, then its scheduler, then a reply.
 
     :param done: called once with the reply.
     """
@@ -253,6 +255,7 @@ class Adding:
         self._daemon.nr_under_way += 1
         self._loop = daemon.loop
         self._reply = done
+        self._is_answered = False
         reader, answer_fd = daemon.standby.ask(request)
         self._launch = daemon.servers.take(answer_fd)
         os.close(answer_fd)
@@ -279,9 +282,29 @@ class Adding:
             self._close()
             self._daemon.added(launch.dev_id, launch.process)
             _log.info("dev %d: pid %d serves it", launch.dev_id, launch.process.pid)
-            warning = f"ublk: warning: {launch.warning}\n" if launch.warning else ""
-            self._done(Reply(out=launch.live, err=warning))
-            _set_scheduler_apart(self._loop, launch.dev_id)
+            self._set_scheduler()
+
+    def _set_scheduler(self) -> None:
+        # Before the reply: while the kernel changes it, new requests wait until all in flight are
+        # over, and a client's may be held up by the backing.
+        launch = self._launch
+        helper = process.fork(lambda: _set_scheduler(launch.dev_id), keep=())
+        self._timer = self._loop.call_later(SCHEDULER_WAIT_S, self._answer)
+
+        def ended() -> None:
+            let_go(self._loop, helper)
+            self._answer()
+
+        self._loop.watch(helper.fileno(), ended)
+
+    def _answer(self) -> None:
+        if self._is_answered:
+            return
+        self._is_answered = True
+        self._timer.cancel()
+        launch = self._launch
+        warning = f"ublk: warning: {launch.warning}\n" if launch.warning else ""
+        self._done(Reply(out=launch.live, err=warning))
 
     def _timed_out(self) -> None:
         self._fail(self._launch.timed_out())
@@ -497,16 +520,11 @@ def _read_words(request: protocol.Add) -> bytes:
     )
 
 
-def _set_scheduler_apart(loop: events.Loop, dev_id: int) -> None:
-    # It takes longer than all else that an add does; nobody has to wait for it.
+def _set_scheduler(dev_id: int) -> int:
     from .device import set_scheduler
 
-    def child() -> int:
-        set_scheduler(dev_id)
-        return 0
-
-    helper = process.fork(child, keep=())
-    loop.watch(helper.fileno(), lambda: let_go(loop, helper))
+    set_scheduler(dev_id)
+    return 0
 
 
 def _take_back(launch: Launch) -> int:

@@ -193,6 +193,19 @@ def test_daemon_answers_a_bad_request_with_an_error(daemon: Daemon) -> None:
     assert daemon.pid == pid
 
 
+def test_device_has_its_scheduler_when_add_answers(
+    daemon: Daemon, backing_file: Callable[..., Path]
+) -> None:
+    """A client's reads hung: its first one never ended, and the scheduler was changed meanwhile.
+
+    The kernel then holds back all that come until those in flight are over.
+    """
+    for _ in range(3):
+        dev_id = daemon.add("-t loop -f", backing_file(FILE_BYTES))["dev_id"]
+        assert "[none]" in Path(f"/sys/block/ublkb{dev_id}/queue/scheduler").read_text()
+        assert manage.delete(dev_id) == []
+
+
 def test_daemon_adds_the_devices_of_its_configuration(
     daemon: Daemon, tmp_path: Path, backing_file: Callable[..., Path], wait_until: WaitUntil
 ) -> None:

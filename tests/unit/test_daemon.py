@@ -1,23 +1,27 @@
-"""A connection of the daemon's, without a daemon."""
+"""A connection of the daemon's, and an add, without a daemon."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from types import SimpleNamespace
 from typing import Any
 
-from ublk_loop import events, protocol
-from ublk_loop.daemon import _Session
+import pytest
+
+from ublk_loop import daemon, device, events, process, protocol
+from ublk_loop.daemon import Adding, _Session
+from ublk_loop.supervise import let_go
 
 
 def test_client_sees_the_end_though_a_child_has_a_copy_of_its_connection() -> None:
     ours, theirs = socket.socketpair()
     loop = events.Loop()
-    daemon: Any = SimpleNamespace(loop=loop)
+    owner: Any = SimpleNamespace(loop=loop)
     with contextlib.closing(loop), ours:
-        session = _Session(daemon, theirs, lambda session: None)
+        session = _Session(owner, theirs, lambda session: None)
         copy_fd = os.dup(theirs.fileno())  # as a command has that was forked meanwhile
         ours.settimeout(5)
         session.reply(protocol.Reply(out="text"))
@@ -26,3 +30,60 @@ def test_client_sees_the_end_though_a_child_has_a_copy_of_its_connection() -> No
             data += part
         assert protocol.parse_reply(data).out == "text"
         os.close(copy_fd)
+
+
+class _Owner:
+    """The daemon of one add, whose server is live at once."""
+
+    def __init__(self, loop: events.Loop) -> None:
+        self.loop = loop
+        self.nr_under_way = 0
+        self.standby = self.servers = self
+        self.report_fd, server_fd = os.pipe2(os.O_CLOEXEC)
+        os.close(server_fd)
+        self.launch = SimpleNamespace(
+            report_fd=self.report_fd,
+            hear=lambda: True,
+            dev_id=3,
+            process=SimpleNamespace(pid=1),
+            warning="",
+            live="it is live",
+            close_pipes=lambda: os.close(self.report_fd),
+        )
+
+    def ask(self, _: object) -> tuple[process.ServerProcess, int]:
+        return process.fork(lambda: 0), os.open("/dev/null", os.O_RDONLY)
+
+    def take(self, _: object) -> Any:
+        return self.launch
+
+    def added(self, *_: object) -> None:
+        pass
+
+    def ended(self) -> None:
+        self.loop.stop()
+
+
+def test_add_answers_though_the_scheduler_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[process.ServerProcess] = []
+    fork = process.fork
+
+    def fork_and_note(*words: Any, **options: Any) -> process.ServerProcess:
+        children.append(fork(*words, **options))
+        return children[-1]
+
+    monkeypatch.setattr(process, "fork", fork_and_note)
+    monkeypatch.setattr(device, "set_scheduler", lambda _: signal.pause())
+    monkeypatch.setattr(daemon, "SCHEDULER_WAIT_S", 0.0)
+    replies: list[protocol.Reply] = []
+    loop = events.Loop()
+    owner: Any = _Owner(loop)
+    request: Any = None
+    Adding(owner, request, replies.append)
+    loop.run()
+    assert [reply.out for reply in replies] == ["it is live"]
+    assert not children[-1].wait(0)  # it still tries
+    children[-1].send(signal.SIGKILL)
+    for child in children:
+        let_go(loop, child)
+    loop.close()
