@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ class FlushCounter(RamTarget):
         self.nr_flushes += 1
         if self.error:
             raise OSError(self.error, os.strerror(self.error))
+
+
+class SlowWriter(RamTarget):
+    """Without a cache, so that a flush of what is clean is quick; a write is not."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        time.sleep(0.001)
+        super().write(offset, data)
 
 
 def write_cache(dev) -> str:
@@ -110,3 +119,41 @@ def test_target_without_flush_gets_none(device, open_block) -> None:
         client.write(0, bytes(4096))
         client.flush()
     assert dev.hctxs[0].stats().nr_flushes == 0
+
+
+@pytest.fixture
+def quick(device, open_block, wait_until):
+    """A device whose flushes have come to be done at once, and its client."""
+    dev = device(LoopTarget(device(SlowWriter(4 * MIB)).block_path, direct=False), policy="auto")
+    with open_block(dev.block_path) as client:
+        client.read(0, 4 * MIB)  # into the page cache: a write to it is inline
+        client.read(0, 4 * MIB)
+        wait_until(lambda: flush_is_inline(dev, client))
+        yield dev, client
+
+
+def flush_is_inline(dev, client) -> bool:
+    before = dev.hctxs[0].stats().nr_inline
+    client.flush()
+    return dev.hctxs[0].stats().nr_inline > before
+
+
+def test_flush_goes_to_the_worker_after_a_slow_one(quick, wait_until) -> None:
+    dev, client = quick
+    client.write(0, bytes(4096))
+    client.flush()  # slow, whoever does it
+    assert not flush_is_inline(dev, client)
+    wait_until(lambda: flush_is_inline(dev, client))
+
+
+def test_flush_of_much_that_was_written_goes_to_the_worker(quick) -> None:
+    dev, client = quick
+    client.write(0, bytes(2 * MIB))
+    assert not flush_is_inline(dev, client)
+
+
+def test_flush_is_the_workers_under_policy_2014(device, open_block) -> None:
+    lower = device(SlowWriter(4 * MIB))
+    dev = device(LoopTarget(lower.block_path, direct=False), policy="2014")
+    with open_block(dev.block_path) as client:
+        assert not any(flush_is_inline(dev, client) for _ in range(32))

@@ -715,6 +715,11 @@ bool ul_hctx_has_inflight(const struct ul_hctx *h)
 	return h->stats.nr_inflight;
 }
 
+bool ul_hctx_is_alone(const struct ul_hctx *h)
+{
+	return h->stats.nr_inflight == 1;
+}
+
 bool ul_hctx_fetches(const struct ul_hctx *h)
 {
 	return h->nr_fetched;

@@ -47,6 +47,8 @@ void ul_hctx_forget_size(struct ul_hctx *h);
 void ul_hctx_end_round(struct ul_hctx *h);
 void ul_hctx_commit(struct ul_hctx *h, struct ul_request *req);
 bool ul_hctx_has_inflight(const struct ul_hctx *h);
+/* The request that it was just given is the only one. */
+bool ul_hctx_is_alone(const struct ul_hctx *hctx);
 /* Whether the driver may still give us a request. */
 bool ul_hctx_fetches(const struct ul_hctx *h);
 /* Let go of the memory of the buffers, which must not be in use. */

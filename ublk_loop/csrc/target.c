@@ -26,7 +26,8 @@
  * goes the way of 2014: writes that allocate or must read first, flushes,
  * discards (but of a file in memory), all of a network file system; and the write
  * in whose turn the folios of its place are split (folios.c), with those that
- * follow it there.
+ * follow it there.  A flush, or a small FUA write, that is alone is done inline
+ * where the last ones were quick (auto_is_quick).
  *
  * A stripe is several files, of each of which it has a loop target that nobody
  * else uses; its requests are done by those, piece by piece, by the works.  A
@@ -90,6 +91,13 @@ struct shmem_buffer {
  * worker: it would keep the hctx. */
 #define INLINE_MAX	(1024 * 1024)
 
+/* A flush, or a write with FUA, is done inline if it is alone and the last such
+ * calls took no longer than this.  After one that did so many have to be fast
+ * again; nor is one tried that has more than so much to write back. */
+#define QUICK_NS	200000
+#define QUICK_AGAIN	16
+#define QUICK_DIRTY	(1024 * 1024)
+
 static __thread char chunk[CHUNK_BYTES] __attribute__((aligned(4096)));
 
 /* Lives from before its hctxs to after them.
@@ -108,6 +116,9 @@ struct ul_target {
 	enum target_cold	cold;		/* I: loop */
 	bool			has_mtime;	/* I: direct writes change it */
 	_Atomic uint64_t	touched_ns;	/* A: when mtime was set last */
+	/* Policy auto, flushes and FUA; an update lost does not matter. */
+	_Atomic unsigned int	nr_to_worker;	/* A: until one is done inline */
+	_Atomic uint64_t	dirty_bytes;	/* A: written since a flush */
 	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
 
@@ -197,6 +208,7 @@ int ul_target_create(const struct ul_target_config *config,
 			return ret;
 		}
 	}
+	atomic_init(&t->nr_to_worker, 1);
 	pthread_mutex_init(&t->ordered_lock, NULL);
 	ul_plug_init(&t->ordered);
 	ul_work_init(&t->write_work, target_write_work, config->cookie);
@@ -608,6 +620,65 @@ static int32_t target_execute(const struct ul_target *t, struct ul_request *req)
 	return stripe_each(&t->config, req);
 }
 
+/* ---- how long that takes ---- */
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
+}
+
+static void target_note_time(struct ul_target *t, uint64_t nr_ns)
+{
+	unsigned int nr =
+		atomic_load_explicit(&t->nr_to_worker, memory_order_relaxed);
+
+	if (nr_ns > QUICK_NS)
+		nr = QUICK_AGAIN;
+	else if (nr)
+		nr--;
+	else
+		return;
+	atomic_store_explicit(&t->nr_to_worker, nr, memory_order_relaxed);
+}
+
+static void target_note_dirty(struct ul_target *t, const struct ul_request *req)
+{
+	uint64_t n =
+		atomic_load_explicit(&t->dirty_bytes, memory_order_relaxed);
+
+	if (req->op == UBLK_IO_OP_FLUSH)
+		n = 0;
+	else if (req->op == UBLK_IO_OP_WRITE)
+		n += req->nr_bytes;
+	else
+		return;
+	atomic_store_explicit(&t->dirty_bytes, n, memory_order_relaxed);
+}
+
+/* It ends once something is on the disk; a write that does not says nothing of
+ * how long that takes. */
+static bool request_is_sync(const struct ul_request *req)
+{
+	return req->op == UBLK_IO_OP_FLUSH ||
+	       (req->op == UBLK_IO_OP_WRITE && req->op_flags & UBLK_IO_F_FUA);
+}
+
+static int32_t target_execute_timed(struct ul_target *t, struct ul_request *req)
+{
+	uint64_t begin_ns;
+	int32_t res;
+
+	if (t->config.policy != UL_POLICY_AUTO || !request_is_sync(req))
+		return target_execute(t, req);
+	begin_ns = now_ns();
+	res = target_execute(t, req);
+	target_note_time(t, now_ns() - begin_ns);
+	return res;
+}
+
 /* ---- the works ---- */
 
 /* Start a request, or end one that Python was given. */
@@ -626,7 +697,7 @@ static int request_run(struct ul_target *t, struct ul_request *req,
 			work->attend = req;
 			return UL_WORK_ATTEND;
 		} else {
-			req->res = target_execute(t, req);
+			req->res = target_execute_timed(t, req);
 		}
 	}
 	req->attending = false;
@@ -1081,20 +1152,71 @@ static enum ul_rq_status auto_other(struct ul_target *t, struct ul_request *req)
 	return UL_RQ_DONE;
 }
 
+/* Nothing else is in flight in the hctx, nor on its way in order. */
+static bool target_is_alone(struct ul_target *t, const struct ul_request *req)
+{
+	bool is_alone;
+
+	if (!ul_hctx_is_alone(req->hctx))
+		return false;
+	pthread_mutex_lock(&t->ordered_lock);
+	is_alone = !t->write_started;
+	pthread_mutex_unlock(&t->ordered_lock);
+	return is_alone;
+}
+
+/*
+ * The way through write_work costs two wake-ups, as much as a flush of a fast
+ * disk.  So one that is alone is done here where that has been quick: who comes
+ * meanwhile waits.  What was written before it has ended, so a flush covers it.
+ */
+static bool auto_is_quick(struct ul_target *t, const struct ul_request *req)
+{
+	return t->cold == COLD_ASYNC && request_is_sync(req) &&
+	       req->nr_bytes <= JOINED_MAX &&
+	       !atomic_load_explicit(&t->nr_to_worker, memory_order_relaxed) &&
+	       atomic_load_explicit(&t->dirty_bytes, memory_order_relaxed) <=
+		       QUICK_DIRTY &&
+	       !(t->folios && req->op == UBLK_IO_OP_WRITE &&
+		 ul_folios_are_due(t->folios, req->offset_bytes)) &&
+	       target_is_alone(t, req);
+}
+
+static enum ul_rq_status auto_ordered(struct ul_target *t,
+				      struct ul_request *req)
+{
+	bool is_quick = auto_is_quick(t, req);
+
+	target_note_dirty(t, req);
+	if (!is_quick)
+		return UL_RQ_QUEUED;
+	req->res = req->copied_in ? 0 : ul_hctx_copy_in(req);
+	if (!req->res)
+		req->res = target_execute_timed(t, req);
+	return UL_RQ_DONE;
+}
+
 static enum ul_rq_status target_queue_auto(struct ul_target *t,
 					   struct ul_plug *plug,
 					   struct ul_request *req)
 {
+	enum ul_rq_status status;
+
 	if (t->config.kind != UL_TARGET_LOOP)
 		return UL_RQ_QUEUED;
 	switch (req->op) {
 	case UBLK_IO_OP_READ:
 		return auto_read(t, plug, req);
 	case UBLK_IO_OP_WRITE:
-		return auto_write(t, plug, req);
+		status = auto_write(t, plug, req);
+		break;
 	default:
-		return auto_other(t, req);
+		status = auto_other(t, req);
 	}
+	if (status == UL_RQ_QUEUED)
+		return auto_ordered(t, req);
+	target_note_dirty(t, req);
+	return status;
 }
 
 static enum ul_rq_status target_queue_null(const struct ul_target *t,
