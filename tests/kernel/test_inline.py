@@ -257,6 +257,26 @@ def test_hole_that_was_read_is_read_as_it_is_written_then(
     assert path.stat().st_blocks * 512 == 256 * KIB
 
 
+@pytest.mark.parametrize(
+    ("nr_bytes", "is_whole"), [(4 * KIB, True), (48 * KIB, True), (KIB, False)]
+)
+def test_new_pages_of_a_disks_file_are_written_at_once_but_not_parts_of_them(
+    device, backing_file, ext4_folder, open_block, pattern, nr_bytes, is_whole
+) -> None:
+    # 80 of them: one that happens to take long has write_work do the next 64.
+    model = bytearray(81 * 64 * KIB)
+    path = backing_file(len(model), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        before = dev.hctxs[0].stats()
+        for at in range(64 * KIB, len(model), 64 * KIB):  # the kernel has read the first page
+            model[at : at + nr_bytes] = pattern(nr_bytes, seed=at)
+            assert client.write(at, pattern(nr_bytes, seed=at)) == nr_bytes
+        assert (dev.hctxs[0].stats().nr_inline > before.nr_inline) == is_whole
+        assert client.read(0, len(model)) == model
+    assert path.read_bytes() == model
+
+
 @pytest.mark.parametrize("offset_bytes", [512, 4096 + 1536])
 def test_mapping_of_a_device_at_an_odd_offset_begins_there(
     device, backing_file, open_block, pattern, offset_bytes

@@ -54,8 +54,8 @@ struct ul_map {
 	_Atomic uint64_t	*read;		/* I: owned, behind resident; a
 						 * bit a page, A: read cold */
 	_Atomic uint64_t	*asked;		/* I: owned, behind read; a bit
-						 * a word, A: of a file in
-						 * memory; NULL: a disk's */
+						 * a word, A */
+	bool			in_memory;	/* I: a hole stays one */
 	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
 };
 
@@ -141,9 +141,8 @@ static void map_forget_all(struct ul_map *m)
 	for (uint64_t word = 0; word * WORD_BITS < m->nr_pages; word++) {
 		atomic_store_explicit(&m->resident[word], 0,
 				      memory_order_relaxed);
-		if (m->asked)
-			atomic_store_explicit(&m->asked[word / WORD_BITS], 0,
-					      memory_order_relaxed);
+		atomic_store_explicit(&m->asked[word / WORD_BITS], 0,
+				      memory_order_relaxed);
 	}
 }
 
@@ -171,11 +170,9 @@ static void map_ask(struct ul_map *m, uint64_t word)
 	unsigned char answers[WORD_BITS];
 	uint64_t bits = 0;
 
-	if (m->asked) {
-		if (bits_have(m->asked, word))
-			return;
-		bits_set(m->asked, word);
-	}
+	if (m->in_memory && bits_have(m->asked, word))
+		return;
+	bits_set(m->asked, word);
 	if (nr_pages > WORD_BITS)
 		nr_pages = WORD_BITS;
 	if (mincore(m->bytes + (page << m->page_shift),
@@ -278,8 +275,8 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
 	munlock(bytes, lead_bytes + nr_bytes);
 	m->read = m->resident + nr_words;
-	if (in_memory)
-		m->asked = m->read + nr_words;
+	m->asked = m->read + nr_words;
+	m->in_memory = in_memory;
 	m->bytes = bytes;
 	m->lead_bytes = lead_bytes;
 	m->nr_bytes = nr_bytes;
@@ -304,6 +301,32 @@ char *ul_map_find(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 		return NULL;
 	map_check_faults(m);
 	return m->bytes + m->lead_bytes + offset_bytes;
+}
+
+bool ul_map_is_whole(const struct ul_map *m, uint64_t offset_bytes,
+		     uint64_t nr_bytes)
+{
+	uint64_t begin = m->lead_bytes + offset_bytes;
+
+	return !((begin | (begin + nr_bytes)) & ((1ULL << m->page_shift) - 1));
+}
+
+bool ul_map_is_new(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
+{
+	uint64_t last;
+
+	if (!map_has(m, offset_bytes, nr_bytes))
+		return true;
+	last = map_page(m, offset_bytes + nr_bytes - 1);
+	for (uint64_t page = map_page(m, offset_bytes); page <= last; page++) {
+		if (map_knows(m, page))
+			continue;
+		if (!bits_have(m->asked, page / WORD_BITS))
+			map_ask(m, page / WORD_BITS);
+		if (!map_knows(m, page))
+			return true;
+	}
+	return false;
 }
 
 bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
@@ -339,7 +362,7 @@ void ul_map_note_write(struct ul_map *m, uint64_t offset_bytes,
 	uint64_t begin = map_page(m, offset_bytes);
 	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
 
-	if (!m->asked || !map_has(m, offset_bytes, nr_bytes))
+	if (!map_has(m, offset_bytes, nr_bytes))
 		return;
 	for (uint64_t page = begin; page < end; page += WORD_BITS) {
 		page -= page % WORD_BITS;
@@ -367,8 +390,7 @@ void ul_map_forget(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 		atomic_fetch_and_explicit(&m->resident[page / WORD_BITS],
 					  ~word_mask(page, begin, end),
 					  memory_order_relaxed);
-		if (m->asked)
-			bits_clear(m->asked, page / WORD_BITS);
+		bits_clear(m->asked, page / WORD_BITS);
 	}
 }
 

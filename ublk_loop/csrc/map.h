@@ -27,7 +27,14 @@ bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
  * without a fault for each page: the kernel maps 16 at a read fault, and one at a
  * write's.  Any thread that does not block SIGBUS. */
 void ul_map_touch(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
-/* A range was written by a system call: of a file in memory it is resident now. */
+/* Whether a range is of whole pages: to write it, none needs to be read first. */
+bool ul_map_is_whole(const struct ul_map *map, uint64_t offset_bytes,
+		     uint64_t nr_bytes);
+/* Whether some page was not resident when the kernel was asked, once, and was not
+ * written since. */
+bool ul_map_is_new(struct ul_map *map, uint64_t offset_bytes,
+		   uint64_t nr_bytes);
+/* A range was written by a system call: it is resident now. */
 void ul_map_note_write(struct ul_map *map, uint64_t offset_bytes,
 		       uint64_t nr_bytes);
 /* How often it was found that pages had been reclaimed.  Any thread. */

@@ -21,9 +21,9 @@
  * (tmpfs) it is done inline.  The first read of a cold page goes past the page
  * cache, which it need not evict anything from.  A write is copied to the
  * mapping in memory, and on a disk where folios are known to be small; else
- * there it is an inline pwrite if it overwrites resident pages, together with
- * its neighbours in the batch.  Everything else
- * goes the way of 2014: writes that allocate or must read first, flushes,
+ * there it is an inline pwrite if it overwrites resident pages, or whole ones,
+ * together with its neighbours in the batch.  Everything else
+ * goes the way of 2014: writes that must read first, or may wait, flushes,
  * discards (but of a file in memory), all of a network file system; and the write
  * in whose turn the folios of its place are split (folios.c), with those that
  * follow it there.  A flush, or a small FUA write, that is alone is done inline
@@ -98,6 +98,12 @@ struct shmem_buffer {
 #define QUICK_AGAIN	16
 #define QUICK_DIRTY	(1024 * 1024)
 
+/* A write of whole pages that may be new, to the file or to memory, is done
+ * inline unless one took longer than this, as what is dirty is written back first:
+ * then write_work has so many. */
+#define FRESH_NS	4000000
+#define FRESH_AGAIN	64
+
 static __thread char chunk[CHUNK_BYTES] __attribute__((aligned(4096)));
 
 /* Lives from before its hctxs to after them.
@@ -119,6 +125,7 @@ struct ul_target {
 	/* Policy auto, flushes and FUA; an update lost does not matter. */
 	_Atomic unsigned int	nr_to_worker;	/* A: until one is done inline */
 	_Atomic uint64_t	dirty_bytes;	/* A: written since a flush */
+	_Atomic unsigned int	nr_fresh;	/* A: for write_work, as above */
 	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
 
@@ -1042,24 +1049,73 @@ static bool auto_write_by_map(struct ul_target *t, struct ul_plug *plug,
 	return auto_use_map(t, plug, req);
 }
 
-static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
-			    struct ul_request *req)
+static bool target_writes_in_order(struct ul_target *t)
 {
-	return t->cold == COLD_INLINE ||
-	       (auto_may_map(t, plug, req) &&
-		ul_map_find(t->map, req->offset_bytes, req->nr_bytes));
+	bool is_started;
+
+	pthread_mutex_lock(&t->ordered_lock);
+	is_started = t->write_started;
+	pthread_mutex_unlock(&t->ordered_lock);
+	return is_started;
 }
 
-static void auto_execute_run(const struct ul_target *t, struct ul_run *run)
+/* Whether a write of new pages is done inline: such writes have not waited
+ * lately, and none is with write_work, where it may be waiting now. */
+static bool auto_is_fresh_quick(struct ul_target *t, const struct ul_plug *plug)
 {
-	if (t->folios)
+	unsigned int nr =
+		atomic_load_explicit(&t->nr_fresh, memory_order_relaxed);
+
+	if (plug->head || target_writes_in_order(t))
+		return false;
+	if (nr)
+		atomic_store_explicit(&t->nr_fresh, nr - 1,
+				      memory_order_relaxed);
+	return !nr;
+}
+
+static void auto_note_fresh(struct ul_target *t, uint64_t begin_ns)
+{
+	if (now_ns() - begin_ns > FRESH_NS)
+		atomic_store_explicit(&t->nr_fresh, FRESH_AGAIN,
+				      memory_order_relaxed);
+}
+
+/* Whether a write is done by an inline pwrite: it has not to be read first, and
+ * is not expected to wait. */
+static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
+			    const struct ul_request *req, bool *is_fresh)
+{
+	uint64_t offset_bytes = req->offset_bytes, nr_bytes = req->nr_bytes;
+
+	*is_fresh = false;
+	if (t->cold == COLD_INLINE)
+		return true;
+	if (!auto_may_map(t, plug, req))
+		return false;
+	if (ul_map_is_whole(t->map, offset_bytes, nr_bytes)) {
+		if (!ul_map_is_new(t->map, offset_bytes, nr_bytes))
+			return true;
+		*is_fresh = auto_is_fresh_quick(t, plug);
+	}
+	return *is_fresh || ul_map_find(t->map, offset_bytes, nr_bytes);
+}
+
+static void auto_execute_run(struct ul_target *t, struct ul_run *run)
+{
+	uint64_t begin_ns = run->is_fresh ? now_ns() : 0;
+
+	/* New pages come in folios no larger than the write. */
+	if (t->folios && !run->is_fresh)
 		ul_folios_note_write(t->folios, run->first->offset_bytes,
 				     run->nr_bytes);
 	run_execute(t, run);
+	if (begin_ns)
+		auto_note_fresh(t, begin_ns);
 }
 
-static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
-			    struct ul_request *req)
+static void auto_plug_write(struct ul_target *t, struct ul_plug *plug,
+			    struct ul_request *req, bool is_fresh)
 {
 	struct ul_run *run = &plug->run;
 
@@ -1067,11 +1123,12 @@ static void auto_plug_write(const struct ul_target *t, struct ul_plug *plug,
 	if (run->first && ul_run_takes(run, req)) {
 		run->last->next = req;
 		ul_run_extend(run, req);
-		return;
+	} else {
+		if (run->first)
+			auto_execute_run(t, run);
+		ul_run_begin(run, req);
 	}
-	if (run->first)
-		auto_execute_run(t, run);
-	ul_run_begin(run, req);
+	run->is_fresh |= is_fresh;
 }
 
 /* Of more than a chunk, a copy saved is worth the thread of io_uring's that then
@@ -1105,9 +1162,21 @@ static void auto_touch(struct ul_target *t)
 		futimens(t->config.fd, times);
 }
 
+static int32_t auto_write_by_chunks(struct ul_target *t, struct ul_request *req,
+				    bool is_fresh)
+{
+	uint64_t begin_ns = now_ns();
+	int32_t res = auto_move_by_chunks(t, req);
+
+	if (is_fresh)
+		auto_note_fresh(t, begin_ns);
+	return res;
+}
+
 static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 				    struct ul_request *req)
 {
+	bool is_fresh;
 	bool is_async = t->cold == COLD_ASYNC &&
 			t->config.flags & UL_TARGET_DIRECT;
 
@@ -1125,19 +1194,19 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 		return UL_RQ_DONE;
 	}
 	if (req->nr_bytes > JOINED_MAX && ul_hctx_is_user_copy(req) &&
-	    auto_may_pwrite(t, plug, req)) {
+	    auto_may_pwrite(t, plug, req, &is_fresh)) {
 		req->registers = auto_registers(t, req);
 		if (req->registers)
 			return UL_RQ_ASYNC;
-		req->res = auto_move_by_chunks(t, req);
+		req->res = auto_write_by_chunks(t, req, is_fresh);
 		return UL_RQ_DONE;
 	}
 	req->res = ul_hctx_copy_in(req);
 	if (req->res)
 		return UL_RQ_DONE;
 	req->copied_in = true;
-	if (auto_may_pwrite(t, plug, req)) {
-		auto_plug_write(t, plug, req);
+	if (auto_may_pwrite(t, plug, req, &is_fresh)) {
+		auto_plug_write(t, plug, req, is_fresh);
 		return UL_RQ_PLUGGED;
 	}
 	return is_async ? UL_RQ_ASYNC : UL_RQ_QUEUED;
@@ -1155,14 +1224,7 @@ static enum ul_rq_status auto_other(struct ul_target *t, struct ul_request *req)
 /* Nothing else is in flight in the hctx, nor on its way in order. */
 static bool target_is_alone(struct ul_target *t, const struct ul_request *req)
 {
-	bool is_alone;
-
-	if (!ul_hctx_is_alone(req->hctx))
-		return false;
-	pthread_mutex_lock(&t->ordered_lock);
-	is_alone = !t->write_started;
-	pthread_mutex_unlock(&t->ordered_lock);
-	return is_alone;
+	return ul_hctx_is_alone(req->hctx) && !target_writes_in_order(t);
 }
 
 /*

@@ -63,6 +63,7 @@ struct ul_run {
 	struct ul_request	*last;
 	unsigned int		nr;
 	uint64_t		nr_bytes;
+	bool			is_fresh;	/* some of it may be new pages */
 };
 
 /* What a hctx and a target keep for the length of one batch: the writes that
@@ -84,6 +85,7 @@ static inline void ul_run_begin(struct ul_run *run, struct ul_request *req)
 	run->last = req;
 	run->nr = 1;
 	run->nr_bytes = req->nr_bytes;
+	run->is_fresh = false;
 }
 
 /* Whether @req goes on where the run ends, and can be part of it. */
