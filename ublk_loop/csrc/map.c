@@ -161,8 +161,7 @@ static void bits_clear(_Atomic uint64_t *bits, uint64_t page)
 }
 
 /* Ask the kernel about a word's pages: asking for 64 costs little more than
- * asking for one.  In memory, a hole stays one until somebody writes there: it is
- * asked about once. */
+ * asking for one. */
 static void map_ask(struct ul_map *m, uint64_t word)
 {
 	uint64_t page = word * WORD_BITS;
@@ -170,8 +169,6 @@ static void map_ask(struct ul_map *m, uint64_t word)
 	unsigned char answers[WORD_BITS];
 	uint64_t bits = 0;
 
-	if (m->in_memory && bits_have(m->asked, word))
-		return;
 	bits_set(m->asked, word);
 	if (nr_pages > WORD_BITS)
 		nr_pages = WORD_BITS;
@@ -192,8 +189,9 @@ static bool map_has(const struct ul_map *m, uint64_t offset_bytes,
 	       nr_bytes <= m->nr_bytes - offset_bytes;
 }
 
+/* In memory, a hole stays one until somebody writes there: it is asked about once. */
 static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
-			    uint64_t nr_bytes)
+			    uint64_t nr_bytes, bool ask_again)
 {
 	uint64_t last;
 
@@ -203,7 +201,8 @@ static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
 	for (uint64_t page = map_page(m, offset_bytes); page <= last; page++) {
 		if (map_knows(m, page))
 			continue;
-		map_ask(m, page / WORD_BITS);
+		if (ask_again || !bits_have(m->asked, page / WORD_BITS))
+			map_ask(m, page / WORD_BITS);
 		if (!map_knows(m, page))
 			return false;
 	}
@@ -297,7 +296,7 @@ void ul_map_destroy(struct ul_map *m)
 
 char *ul_map_find(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 {
-	if (!map_is_resident(m, offset_bytes, nr_bytes))
+	if (!map_is_resident(m, offset_bytes, nr_bytes, !m->in_memory))
 		return NULL;
 	map_check_faults(m);
 	return m->bytes + m->lead_bytes + offset_bytes;
@@ -313,20 +312,7 @@ bool ul_map_is_whole(const struct ul_map *m, uint64_t offset_bytes,
 
 bool ul_map_is_new(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 {
-	uint64_t last;
-
-	if (!map_has(m, offset_bytes, nr_bytes))
-		return true;
-	last = map_page(m, offset_bytes + nr_bytes - 1);
-	for (uint64_t page = map_page(m, offset_bytes); page <= last; page++) {
-		if (map_knows(m, page))
-			continue;
-		if (!bits_have(m->asked, page / WORD_BITS))
-			map_ask(m, page / WORD_BITS);
-		if (!map_knows(m, page))
-			return true;
-	}
-	return false;
+	return !map_is_resident(m, offset_bytes, nr_bytes, false);
 }
 
 bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,

@@ -1165,10 +1165,10 @@ static void auto_touch(struct ul_target *t)
 static int32_t auto_write_by_chunks(struct ul_target *t, struct ul_request *req,
 				    bool is_fresh)
 {
-	uint64_t begin_ns = now_ns();
+	uint64_t begin_ns = is_fresh ? now_ns() : 0;
 	int32_t res = auto_move_by_chunks(t, req);
 
-	if (is_fresh)
+	if (begin_ns)
 		auto_note_fresh(t, begin_ns);
 	return res;
 }
