@@ -465,8 +465,7 @@ def read_words(asked: protocol.Add) -> tuple[Request, bool]:
 def _serve_here(request: Request, as_json: bool) -> None:
     import logging
 
-    from . import server
-    from .device import set_scheduler
+    from . import scheduler, server
 
     logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
 
@@ -474,8 +473,12 @@ def _serve_here(request: Request, as_json: bool) -> None:
         if warning:
             warn(warning)
 
+    dev_id_fd, told_fd = os.pipe2(os.O_CLOEXEC)
+    helper = scheduler.set_apart(lambda: int(os.read(dev_id_fd, 16)), keep=[dev_id_fd])
+
     def on_live(dev_id: int, text: str) -> None:
-        set_scheduler(dev_id)
+        os.write(told_fd, b"%d" % dev_id)
+        scheduler.wait_for(helper)
         click.echo(text, nl=False)
         sys.stdout.flush()
 

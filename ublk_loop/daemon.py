@@ -41,6 +41,7 @@ from . import (
     paths,
     process,
     protocol,
+    scheduler,
     state,
     systemd,
 )
@@ -53,8 +54,6 @@ from .supervise import Supervised, let_go
 
 MAX_SESSIONS = 512
 REQUEST_TIMEOUT_S = 10.0
-# A device is live by then; its search for partitions may wait for a backing that does not answer.
-SCHEDULER_WAIT_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -288,8 +287,8 @@ class Adding:
         # Before the reply: while the kernel changes it, new requests wait until all in flight are
         # over, and a client's may be held up by the backing.
         launch = self._launch
-        helper = process.fork(lambda: _set_scheduler(launch.dev_id), keep=())
-        self._timer = self._loop.call_later(SCHEDULER_WAIT_S, self._answer)
+        helper = scheduler.set_apart(lambda: launch.dev_id)
+        self._timer = self._loop.call_later(scheduler.WAIT_S, self._answer)
 
         def ended() -> None:
             let_go(self._loop, helper)
@@ -518,13 +517,6 @@ def _read_words(request: protocol.Add) -> bytes:
     return protocol.pack_wish(
         protocol.Wish(wish.dev_id, wish.options, wish.spec, as_json, request.two_lines)
     )
-
-
-def _set_scheduler(dev_id: int) -> int:
-    from .device import set_scheduler
-
-    set_scheduler(dev_id)
-    return 0
 
 
 def _take_back(launch: Launch) -> int:

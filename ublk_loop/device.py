@@ -22,7 +22,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from . import state, uapi
@@ -31,6 +30,7 @@ from .errors import BackingFileError, DriverError
 from .hctx import HardwareContext
 from .iothread import IoThread
 from .params import Params, params_for
+from .scheduler import set_scheduler
 from .shmem import MAX_FILES, SharedMemory
 from .state import DATA_FLAGS, SharedFile
 from .target import LoopTarget, NativeTarget, NullTarget, Target, check_policy
@@ -74,7 +74,6 @@ NR_WATCHES = 32
 MAX_ACTIVE = 64
 MAX_ACTIVE_ROTATIONAL = 16
 ANY_DEV_ID = -1
-SCHEDULER_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -496,29 +495,6 @@ class Device:
             watcher()
 
 
-def set_scheduler(dev_id: int, name: str = "none") -> None:
-    """Set a device's scheduler, unless it has it; without effect if we may not (unprivileged).
-
-    It waits until nothing is in flight, and for modprobe, which the kernel runs for each write. So
-    a server leaves it to whoever started it: killed meanwhile it could not end before the requests
-    that it should have served.
-    """
-    # A device with one queue would get mq-deadline, which costs two thirds of the IOPS of a backing
-    # that sorts for itself.
-    path = Path(f"/sys/block/ublkb{dev_id}/queue/scheduler")
-    deadline = time.monotonic() + SCHEDULER_TIMEOUT_S
-    while True:
-        try:
-            if f"[{name}]" not in path.read_text():
-                path.write_text(name)
-            return
-        except OSError as error:
-            # EBUSY: the kernel only tries for a lock that others hold for a moment.
-            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
-                return
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def _closed_on_error(target: Target) -> Iterator[None]:
     try:
@@ -640,4 +616,4 @@ def _open_char_device(path: str, deadline: float) -> int:
         time.sleep(0.005)
 
 
-__all__ = ["ANY_DEV_ID", "SUPPORTED_FLAGS", "Device", "set_scheduler"]
+__all__ = ["ANY_DEV_ID", "SUPPORTED_FLAGS", "Device"]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import listing, protocol, server, state
+from . import listing, protocol, scheduler, server, state
 from .errors import DaemonError
 from .process import ServerProcess, fork, hold_signals
 
@@ -196,7 +196,8 @@ def launch_server(
 ) -> Any:
     """Fork a server that runs ``serve``, wait until its device is live and return what it reported.
 
-    The device has no scheduler then. ``on_warning`` is called with what the server warns of.
+    The device has no scheduler then, unless setting it takes longer than :data:`.scheduler.WAIT_S`.
+    ``on_warning`` is called with what the server warns of.
 
     If this raises, no device, process or state file is left (of a
     recovery: the device waits for the next one).
@@ -205,8 +206,6 @@ def launch_server(
     :raises ValueError: arguments that the server found bad, before anything changed.
     :raises DaemonError: ESRCH if the server died, with its last words; ETIMEDOUT.
     """
-    from .device import set_scheduler
-
     # Until somebody waits for the server, an interrupt would leave it behind.
     before = hold_signals()
     try:
@@ -217,7 +216,7 @@ def launch_server(
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait_live(launched, time.monotonic() + timeout_s)
-        set_scheduler(launched.dev_id)
+        scheduler.wait_for(scheduler.set_apart(lambda: launched.dev_id))
         if launched.warning:
             on_warning(launched.warning)
         return launched.live

@@ -104,7 +104,7 @@ def serve(
     """Serve a device until it is stopped from outside, or SIGTERM or SIGINT ends and deletes it.
 
     LEAVE_SIGNAL ends the server, and the device waits for another one. The caller sees to the
-    device's scheduler (:func:`.device.set_scheduler`) once it is live.
+    device's scheduler (:mod:`.scheduler`) once it is live.
 
     :param find_request: returns what to serve; called when all is done that does not depend on it,
         and before the driver is opened: it may take as long as it likes.

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from ublk_loop import manage, state, uapi
+from ublk_loop import manage, scheduler, state, uapi
 from ublk_loop.control import Control
 from ublk_loop.device import Device
 from ublk_loop.target import NullTarget
@@ -454,6 +454,28 @@ def test_foreground_serves_until_it_is_interrupted_or_the_device_is_deleted(
             _succeed(here("del -n", added["dev_id"]))
         assert server.wait(30) == 0
     assert _is_gone(added["dev_id"])
+
+
+def test_add_without_a_daemon_answers_though_the_backing_does_not(
+    suspendable: Path,
+    here: Here,
+    features: int,
+    run: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: WaitUntil,
+) -> None:
+    """The search for partitions waits for the backing, the scheduler for it, and add for that."""
+    if not features & uapi.UBLK_F_NO_AUTO_PART_SCAN:
+        pytest.skip("this driver looks for partitions before a device is live (7.0)")
+    monkeypatch.setattr(scheduler, "WAIT_S", 1.0)
+    run("dmsetup", "suspend", "--noflush", "--nolockfs", suspendable)
+    try:
+        added = _document(_succeed(here("add --json -t loop --buffered_io -f", suspendable)))
+    finally:
+        run("dmsetup", "resume", suspendable)
+    path = Path(f"/sys/block/ublkb{added['dev_id']}/queue/scheduler")
+    wait_until(lambda: "[none]" in path.read_text(), timeout_s=30)
+    _succeed(here("del -n", added["dev_id"]))
 
 
 def test_state_is_kept_in_run_ublk_unless_told_otherwise(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ublk_loop import daemon, device, events, process, protocol
+from ublk_loop import events, process, protocol, scheduler
 from ublk_loop.daemon import Adding, _Session
 from ublk_loop.supervise import let_go
 
@@ -73,8 +73,8 @@ def test_add_answers_though_the_scheduler_cannot_be_set(monkeypatch: pytest.Monk
         return children[-1]
 
     monkeypatch.setattr(process, "fork", fork_and_note)
-    monkeypatch.setattr(device, "set_scheduler", lambda _: signal.pause())
-    monkeypatch.setattr(daemon, "SCHEDULER_WAIT_S", 0.0)
+    monkeypatch.setattr(scheduler, "set_scheduler", lambda _: signal.pause())
+    monkeypatch.setattr(scheduler, "WAIT_S", 0.0)
     replies: list[protocol.Reply] = []
     loop = events.Loop()
     owner: Any = _Owner(loop)
