@@ -18,7 +18,9 @@ KIB = 1 << 10
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
 REGION = 2 * MIB
-DUE = 64  # small writes before a region is split
+# Small writes that on any machine take longer than the split of a region is thought to take.
+NR_WRITES = 3000
+NR_PLACES = 100  # of a page, in a region, with room between them
 COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 
 
@@ -48,7 +50,7 @@ def test_region_that_is_written_a_little_at_a_time_gets_small_folios_and_keeps_i
     model = bytearray(pattern(3 * REGION)[offset_bytes:])
     rng = random.Random(1)
     with open_block(dev.block_path) as client:
-        for turn in range(2 * DUE):
+        for turn in range(NR_WRITES):
             at = rng.randrange(PAGE, REGION - PAGE, 512)
             model[at : at + 1024] = pattern(1024, seed=turn)
             assert client.write(at, pattern(1024, seed=turn)) == 1024
@@ -92,7 +94,7 @@ def test_small_folios_stay_small_when_khugepaged_sees_the_mapping(
     path = backing_file(4 * REGION, pattern(4 * REGION), folder=ext4_folder)
     dev = device(LoopTarget(path), policy="auto")
     with open_block(dev.block_path) as client:
-        for turn in range(2 * DUE):
+        for turn in range(NR_WRITES):
             assert client.write(turn % 500 * PAGE, pattern(PAGE, seed=turn)) == PAGE
         assert client.read(0, REGION)
         client.flush()
@@ -133,11 +135,12 @@ def test_flush_reports_what_could_not_be_written_back_before_a_split(
     with open_block(dev.block_path) as client:
         client.flush()
         fail(True)
-        for turn in range(DUE + 1):
-            assert client.write(turn * 5 * PAGE, pattern(PAGE, seed=turn)) == PAGE
+        for turn in range(NR_WRITES):
+            place = turn % NR_PLACES
+            assert client.write(place * 5 * PAGE, pattern(PAGE, seed=place)) == PAGE
         fail(False)
         with raises_errno(errno.EIO):
             client.flush()
-        for turn in range(DUE + 1):
-            assert client.read(turn * 5 * PAGE, PAGE) == pattern(PAGE, seed=turn)
+        for place in range(NR_PLACES):
+            assert client.read(place * 5 * PAGE, PAGE) == pattern(PAGE, seed=place)
         client.flush()

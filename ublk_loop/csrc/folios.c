@@ -8,6 +8,12 @@
  * took 17.7k instructions in large folios and 2.8k in small ones (Linux v7.3).  A
  * place that is written again and again by small calls is worth splitting, once.
  *
+ * When is it worth that?  The walk costs 30k instructions in folios of 2 MiB and 2k
+ * in those of 128 KiB, the split of either as much as 160 to 400 writes, and most
+ * of a file may be written only once.  So both are timed: a region is split when
+ * its small writes have taken as long as a split takes.  Then it cannot cost more
+ * than twice what the better of the two ways would have.
+ *
  * There is no system call for that, but MADV_COLD of one page of a folio that is
  * mapped splits it (mm/madvise.c, madvise_cold_or_pageout_pte_range), if it is
  * clean, as its buffer heads have to go first.  So the range is written back
@@ -37,15 +43,24 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "folios.h"
 
 #define REGION_SHIFT	21
 
-/* Splitting costs as much as that many writes lose.  Counted on from there, it
- * comes again after 65536 more: folios may have grown again. */
-#define DUE		64
+/* What a split takes, until the first one was timed. */
+#define SPLIT_US	2000
+
+/* The most that a split, and a region's writes, are taken to cost. */
+#define COST_MAX_US	60000
+
+/* Of one write: if it took longer, it waited for something else. */
+#define WRITE_MAX_NS	200000
+
+/* Of a split region: after so many writes, its folios may have grown again. */
+#define AGAIN		60000
 
 /* Larger calls lose little. */
 #define SMALL_BYTES	(32 * 1024)
@@ -59,6 +74,12 @@
 /* Regions without anything to split, one after another, that end the matter. */
 #define VAIN_MAX	8
 
+/* A: atomic, any thread; an addition lost to another one does not matter. */
+struct folios_region {
+	_Atomic uint16_t	cost_us;	/* A: of the small writes so far */
+	_Atomic uint16_t	nr_mapped;	/* A: writes since it was split, and 1 */
+};
+
 /* From create to destroy.  I: set at create.  A: atomic, any thread.
  * W: the splitting thread's. */
 struct ul_folios {
@@ -67,9 +88,10 @@ struct ul_folios {
 	uint64_t		offset_bytes;	/* I */
 	uint64_t		nr_bytes;	/* I */
 	unsigned int		nr_vain;	/* W */
-	_Atomic unsigned int	nr_forgets;	/* A: the map's, as of nr_writes */
+	_Atomic unsigned int	split_us;	/* A: what a split takes */
+	_Atomic unsigned int	nr_forgets;	/* A: the map's, as of regions */
 	_Atomic bool		is_off;		/* A */
-	_Atomic uint16_t	nr_writes[];	/* A: of a region */
+	struct folios_region	regions[];
 };
 
 /* Those with buffer heads. */
@@ -89,13 +111,14 @@ int ul_folios_create(struct ul_map *map, int sync_fd, uint64_t offset_bytes,
 	*folios = NULL;
 	if (sync_fd < 0 || !fd_walks_buffers(sync_fd))
 		return 0;
-	f = calloc(1, sizeof(*f) + nr_regions * sizeof(f->nr_writes[0]));
+	f = calloc(1, sizeof(*f) + nr_regions * sizeof(f->regions[0]));
 	if (!f)
 		return -ENOMEM;
 	f->map = map;
 	f->sync_fd = sync_fd;
 	f->offset_bytes = offset_bytes;
 	f->nr_bytes = nr_bytes;
+	f->split_us = SPLIT_US;
 	ul_map_refuse_huge(map);
 	*folios = f;
 	return 0;
@@ -107,55 +130,74 @@ void ul_folios_destroy(struct ul_folios *f)
 }
 
 /* A device that has grown since has more than that: all behind is the last. */
-static uint64_t folios_region(const struct ul_folios *f, uint64_t offset_bytes)
+static uint64_t folios_index(const struct ul_folios *f, uint64_t offset_bytes)
 {
 	if (offset_bytes > f->nr_bytes)
 		offset_bytes = f->nr_bytes;
 	return offset_bytes >> REGION_SHIFT;
 }
 
-/* Pages were reclaimed: what comes back may come in large folios. */
-static void folios_begin_anew(struct ul_folios *f, unsigned int nr_forgets)
+static void region_begin_anew(struct folios_region *region)
 {
-	atomic_store(&f->nr_forgets, nr_forgets);
-	for (uint64_t i = 0; i <= f->nr_bytes >> REGION_SHIFT; i++)
-		atomic_store_explicit(&f->nr_writes[i], 0,
-				      memory_order_relaxed);
+	atomic_store_explicit(&region->cost_us, 0, memory_order_relaxed);
+	atomic_store_explicit(&region->nr_mapped, 0, memory_order_relaxed);
 }
 
 void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
-			  uint64_t nr_bytes)
+			  uint64_t nr_bytes, uint64_t nr_ns)
 {
-	_Atomic uint16_t *nr = &f->nr_writes[folios_region(f, offset_bytes)];
+	struct folios_region *region =
+		&f->regions[folios_index(f, offset_bytes)];
 	unsigned int nr_forgets = ul_map_nr_forgets(f->map);
-	uint16_t seen;
+	uint64_t cost_us;
 
+	/* Pages were reclaimed: what comes back may come in large folios. */
 	if (nr_forgets !=
-	    atomic_load_explicit(&f->nr_forgets, memory_order_relaxed))
-		folios_begin_anew(f, nr_forgets);
-	seen = atomic_load_explicit(nr, memory_order_relaxed);
-	/* A count lost to another thread does not matter. */
-	if (nr_bytes <= SMALL_BYTES && seen != DUE)
-		atomic_store_explicit(nr, seen + 1, memory_order_relaxed);
+	    atomic_load_explicit(&f->nr_forgets, memory_order_relaxed)) {
+		atomic_store(&f->nr_forgets, nr_forgets);
+		for (uint64_t i = 0; i <= f->nr_bytes >> REGION_SHIFT; i++)
+			region_begin_anew(&f->regions[i]);
+	}
+	if (nr_bytes > SMALL_BYTES)
+		return;
+	if (nr_ns > WRITE_MAX_NS)
+		nr_ns = WRITE_MAX_NS;
+	cost_us = atomic_load_explicit(&region->cost_us, memory_order_relaxed) +
+		  (nr_ns + 500) / 1000;
+	if (cost_us > COST_MAX_US)
+		cost_us = COST_MAX_US;
+	atomic_store_explicit(&region->cost_us, cost_us, memory_order_relaxed);
 }
 
 bool ul_folios_are_due(const struct ul_folios *f, uint64_t offset_bytes)
 {
-	uint64_t region = folios_region(f, offset_bytes);
+	const struct folios_region *region =
+		&f->regions[folios_index(f, offset_bytes)];
 
-	return atomic_load_explicit(&f->nr_writes[region],
-				    memory_order_relaxed) == DUE &&
+	return atomic_load_explicit(&region->cost_us, memory_order_relaxed) >=
+		       atomic_load_explicit(&f->split_us,
+					    memory_order_relaxed) &&
+	       !atomic_load_explicit(&region->nr_mapped,
+				     memory_order_relaxed) &&
 	       !atomic_load_explicit(&f->is_off, memory_order_relaxed);
 }
 
-bool ul_folios_are_small(const struct ul_folios *f, uint64_t offset_bytes,
-			 uint64_t nr_bytes)
+bool ul_folios_take_mapped(struct ul_folios *f, uint64_t offset_bytes,
+			   uint64_t nr_bytes)
 {
-	uint64_t region = folios_region(f, offset_bytes);
+	struct folios_region *region =
+		&f->regions[folios_index(f, offset_bytes)];
+	unsigned int nr =
+		atomic_load_explicit(&region->nr_mapped, memory_order_relaxed);
 
-	return nr_bytes <= MAPPED_BYTES &&
-	       atomic_load_explicit(&f->nr_writes[region],
-				    memory_order_relaxed) > DUE;
+	if (nr_bytes > MAPPED_BYTES || !nr)
+		return false;
+	if (nr == AGAIN)
+		region_begin_anew(region);
+	else
+		atomic_store_explicit(&region->nr_mapped, nr + 1,
+				      memory_order_relaxed);
+	return true;
 }
 
 /* Put a page of each folio into our page table; how many were not. */
@@ -187,14 +229,34 @@ static void folios_make_cold(struct ul_folios *f, uint64_t begin, uint64_t end)
 	}
 }
 
+static uint64_t now_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000;
+}
+
+/* A mean of the last ones, which a disk's quick and slow moments sway little. */
+static void folios_note_split(struct ul_folios *f, uint64_t took_us)
+{
+	unsigned int us = atomic_load(&f->split_us);
+
+	if (took_us > COST_MAX_US)
+		took_us = COST_MAX_US;
+	atomic_store(&f->split_us, (3 * us + took_us) / 4);
+}
+
 void ul_folios_split(struct ul_folios *f, uint64_t offset_bytes)
 {
-	uint64_t region = folios_region(f, offset_bytes);
-	uint64_t begin = region << REGION_SHIFT;
+	uint64_t index = folios_index(f, offset_bytes);
+	uint64_t begin = index << REGION_SHIFT;
 	uint64_t end = begin + (1 << REGION_SHIFT);
+	uint64_t begin_us;
 
 	if (!ul_folios_are_due(f, offset_bytes))
 		return;
+	begin_us = now_us();
 	if (end > f->nr_bytes)
 		end = f->nr_bytes;
 	f->nr_vain++;
@@ -209,6 +271,7 @@ void ul_folios_split(struct ul_folios *f, uint64_t offset_bytes)
 	}
 	if (f->nr_vain == VAIN_MAX)
 		atomic_store(&f->is_off, true);
-	atomic_store_explicit(&f->nr_writes[region], DUE + 1,
+	atomic_store_explicit(&f->regions[index].nr_mapped, 1,
 			      memory_order_relaxed);
+	folios_note_split(f, now_us() - begin_us);
 }

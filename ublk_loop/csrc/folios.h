@@ -18,15 +18,15 @@ struct ul_folios;
 int ul_folios_create(struct ul_map *map, int sync_fd, uint64_t offset_bytes,
 		     uint64_t nr_bytes, struct ul_folios **folios);
 void ul_folios_destroy(struct ul_folios *folios);
-/* A write call of its own was made there.  Any thread. */
+/* A write call there took nr_ns.  Any thread. */
 void ul_folios_note_write(struct ul_folios *folios, uint64_t offset_bytes,
-			  uint64_t nr_bytes);
+			  uint64_t nr_bytes, uint64_t nr_ns);
 /* Whether this place waits for ul_folios_split(); until then writes should not
  * reach the file by another way.  Any thread. */
 bool ul_folios_are_due(const struct ul_folios *folios, uint64_t offset_bytes);
-/* Whether a write there had better be done by the map.  Any thread. */
-bool ul_folios_are_small(const struct ul_folios *folios, uint64_t offset_bytes,
-			 uint64_t nr_bytes);
+/* Whether a write there had better be done by the map, and then is.  Any thread. */
+bool ul_folios_take_mapped(struct ul_folios *folios, uint64_t offset_bytes,
+			   uint64_t nr_bytes);
 /* Split what is there, if it is due.  Waits for the disk.  One thread at once. */
 void ul_folios_split(struct ul_folios *folios, uint64_t offset_bytes);
 

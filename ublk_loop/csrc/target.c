@@ -1042,11 +1042,10 @@ static bool auto_write_by_map(struct ul_target *t, struct ul_plug *plug,
 {
 	if (t->cold == COLD_INLINE)
 		return auto_use_map(t, plug, req);
-	if (!t->folios ||
-	    !ul_folios_are_small(t->folios, req->offset_bytes, req->nr_bytes))
-		return false;
-	ul_folios_note_write(t->folios, req->offset_bytes, req->nr_bytes);
-	return auto_use_map(t, plug, req);
+	return t->folios &&
+	       ul_folios_take_mapped(t->folios, req->offset_bytes,
+				     req->nr_bytes) &&
+	       auto_use_map(t, plug, req);
 }
 
 static bool target_writes_in_order(struct ul_target *t)
@@ -1074,9 +1073,9 @@ static bool auto_is_fresh_quick(struct ul_target *t, const struct ul_plug *plug)
 	return !nr;
 }
 
-static void auto_note_fresh(struct ul_target *t, uint64_t begin_ns)
+static void auto_note_fresh(struct ul_target *t, uint64_t nr_ns)
 {
-	if (now_ns() - begin_ns > FRESH_NS)
+	if (nr_ns > FRESH_NS)
 		atomic_store_explicit(&t->nr_fresh, FRESH_AGAIN,
 				      memory_order_relaxed);
 }
@@ -1103,15 +1102,22 @@ static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 
 static void auto_execute_run(struct ul_target *t, struct ul_run *run)
 {
-	uint64_t begin_ns = run->is_fresh ? now_ns() : 0;
+	uint64_t offset_bytes = run->first->offset_bytes;
+	uint64_t begin_ns, nr_ns;
 
-	/* New pages come in folios no larger than the write. */
-	if (t->folios && !run->is_fresh)
-		ul_folios_note_write(t->folios, run->first->offset_bytes,
-				     run->nr_bytes);
+	if (!run->is_fresh && !t->folios) {
+		run_execute(t, run);
+		return;
+	}
+	begin_ns = now_ns();
 	run_execute(t, run);
-	if (begin_ns)
-		auto_note_fresh(t, begin_ns);
+	nr_ns = now_ns() - begin_ns;
+	/* New pages come in folios no larger than the write. */
+	if (run->is_fresh)
+		auto_note_fresh(t, nr_ns);
+	else
+		ul_folios_note_write(t->folios, offset_bytes, run->nr_bytes,
+				     nr_ns);
 }
 
 static void auto_plug_write(struct ul_target *t, struct ul_plug *plug,
@@ -1169,7 +1175,7 @@ static int32_t auto_write_by_chunks(struct ul_target *t, struct ul_request *req,
 	int32_t res = auto_move_by_chunks(t, req);
 
 	if (begin_ns)
-		auto_note_fresh(t, begin_ns);
+		auto_note_fresh(t, now_ns() - begin_ns);
 	return res;
 }
 
