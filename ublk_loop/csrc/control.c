@@ -27,11 +27,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "ublk_abi.h"
 #include "ul.h"
 
 #define CONTROL_ENTRIES	4
-#define NSEC_PER_SEC	1000000000ULL
 
 enum {
 	UD_COMMAND = 1,

@@ -34,9 +34,9 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "hctx.h"
 #include "iothread.h"
 #include "watch.h"
@@ -315,14 +315,6 @@ static bool iothread_has_news(struct ul_iothread *t)
 	       IO_URING_READ_ONCE(*t->ring.uring.sq.kflags) &
 		       IORING_SQ_TASKRUN ||
 	       atomic_load_explicit(&t->done, memory_order_acquire);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
 }
 
 static inline void cpu_relax(void)

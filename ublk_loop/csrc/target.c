@@ -52,9 +52,9 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "folios.h"
 #include "hctx.h"
 #include "map.h"
@@ -629,14 +629,6 @@ static int32_t target_execute(const struct ul_target *t, struct ul_request *req)
 
 /* ---- how long that takes ---- */
 
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
-}
-
 static void target_note_time(struct ul_target *t, uint64_t nr_ns)
 {
 	unsigned int nr =
@@ -1156,15 +1148,13 @@ static void auto_touch(struct ul_target *t)
 {
 	static const struct timespec times[] = { { .tv_nsec = UTIME_OMIT },
 						 { .tv_nsec = UTIME_NOW } };
-	struct timespec now;
-	uint64_t now_ns;
+	uint64_t tick_ns;
 
 	if (!t->has_mtime)
 		return;
-	clock_gettime(CLOCK_REALTIME_COARSE, &now);
-	now_ns = now.tv_sec * 1000000000ULL + now.tv_nsec;
-	if (atomic_exchange_explicit(&t->touched_ns, now_ns,
-				     memory_order_relaxed) != now_ns)
+	tick_ns = clock_ns(CLOCK_REALTIME_COARSE);
+	if (atomic_exchange_explicit(&t->touched_ns, tick_ns,
+				     memory_order_relaxed) != tick_ns)
 		futimens(t->config.fd, times);
 }
 

@@ -60,16 +60,15 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "workqueue.h"
 
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57
 #endif
 
-#define NSEC_PER_SEC		1000000000ull
 #define NEVER			UINT64_MAX
 #define NR_COLORS		16
 #define NR_BUSY_BUCKETS		64
@@ -239,19 +238,6 @@ static void list_move_all(struct ul_list *from, struct ul_list *to)
 }
 
 /* ---- time and futexes ---- */
-
-static uint64_t clock_ns(clockid_t clock)
-{
-	struct timespec ts = { 0 };
-
-	clock_gettime(clock, &ts);
-	return ts.tv_sec * NSEC_PER_SEC + ts.tv_nsec;
-}
-
-static uint64_t now_ns(void)
-{
-	return clock_ns(CLOCK_MONOTONIC);
-}
 
 /* Never a system call, whatever the clock source; up to a tick late. */
 static uint64_t coarse_ns(void)
