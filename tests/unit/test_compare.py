@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path[:0] = [str(TOOLS)]
 
-from compare import gate  # noqa: E402
+from compare import cli, gate  # noqa: E402
 from compare.errors import CompareError  # noqa: E402
 from compare.goals import GOALS  # noqa: E402
 from compare.jobs import Job, Sample, parse_job, parse_report  # noqa: E402
@@ -151,6 +152,16 @@ def test_saved_reports_of_a_folder_are_loaded_as_one(tmp_path: Path) -> None:
     save(report, tmp_path, "one")
     save(report, tmp_path, "two")
     assert len(load(tmp_path).cells[0].rounds) == 4
+
+
+def test_redrawing_without_matplotlib_names_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "can_draw", lambda: False)
+    save(Report([make_cell("tmpfs", (1, 2))], ["2026-01-01"], [2.0]), tmp_path, "one")
+    done = CliRunner().invoke(cli.command, ["--draw", str(tmp_path)])
+    assert done.exit_code == 0
+    assert ".[bench]" in done.stderr
 
 
 def test_load_names_the_file_that_is_no_report(tmp_path: Path) -> None:

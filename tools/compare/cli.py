@@ -104,7 +104,7 @@ def command(
     Interleaved, in random order, repeated until the 95 % interval is narrow or the time is up. Runs
     as root on a kernel with ublk_drv; without one, in a guest (tools/vm.py).
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if shared:
         with shown(console) as tell:
             serve_guest(shared, tell)
