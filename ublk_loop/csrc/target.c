@@ -104,6 +104,14 @@ struct shmem_buffer {
 #define FRESH_NS	4000000
 #define FRESH_AGAIN	64
 
+/* Whether what may have to wait is done inline, by how long it took. */
+struct inline_guard {
+	uint64_t		limit_ns;	/* I: longer is too long */
+	unsigned int		nr_again;	/* I: so many are a worker's then */
+	_Atomic unsigned int	nr_to_worker;	/* A: the next ones; a lost update
+						 * does not matter */
+};
+
 static __thread char chunk[CHUNK_BYTES] __attribute__((aligned(4096)));
 
 /* Lives from before its hctxs to after them.
@@ -122,10 +130,9 @@ struct ul_target {
 	enum target_cold	cold;		/* I: loop */
 	bool			has_mtime;	/* I: direct writes change it */
 	_Atomic uint64_t	touched_ns;	/* A: when mtime was set last */
-	/* Policy auto, flushes and FUA; an update lost does not matter. */
-	_Atomic unsigned int	nr_to_worker;	/* A: until one is done inline */
-	_Atomic uint64_t	dirty_bytes;	/* A: written since a flush */
-	_Atomic unsigned int	nr_fresh;	/* A: for write_work, as above */
+	struct inline_guard	sync;		/* flushes and FUA writes */
+	struct inline_guard	fresh;		/* writes of new pages */
+	_Atomic uint64_t	dirty_bytes;	/* A: written since a flush, or about */
 	struct shmem_buffer	shmem[UL_SHMEM_MAX];
 };
 
@@ -215,7 +222,8 @@ int ul_target_create(const struct ul_target_config *config,
 			return ret;
 		}
 	}
-	atomic_init(&t->nr_to_worker, 1);
+	t->sync = (struct inline_guard){ QUICK_NS, QUICK_AGAIN, 1 };
+	t->fresh = (struct inline_guard){ FRESH_NS, FRESH_AGAIN, 0 };
 	pthread_mutex_init(&t->ordered_lock, NULL);
 	ul_plug_init(&t->ordered);
 	ul_work_init(&t->write_work, target_write_work, config->cookie);
@@ -629,18 +637,23 @@ static int32_t target_execute(const struct ul_target *t, struct ul_request *req)
 
 /* ---- how long that takes ---- */
 
-static void target_note_time(struct ul_target *t, uint64_t nr_ns)
+/* Whether the next one is done inline; asked once for each. */
+static bool guard_allows(struct inline_guard *guard)
 {
-	unsigned int nr =
-		atomic_load_explicit(&t->nr_to_worker, memory_order_relaxed);
+	unsigned int nr = atomic_load_explicit(&guard->nr_to_worker,
+					       memory_order_relaxed);
 
-	if (nr_ns > QUICK_NS)
-		nr = QUICK_AGAIN;
-	else if (nr)
-		nr--;
-	else
-		return;
-	atomic_store_explicit(&t->nr_to_worker, nr, memory_order_relaxed);
+	if (nr)
+		atomic_store_explicit(&guard->nr_to_worker, nr - 1,
+				      memory_order_relaxed);
+	return !nr;
+}
+
+static void guard_note(struct inline_guard *guard, uint64_t nr_ns)
+{
+	if (nr_ns > guard->limit_ns)
+		atomic_store_explicit(&guard->nr_to_worker, guard->nr_again,
+				      memory_order_relaxed);
 }
 
 static void target_note_dirty(struct ul_target *t, const struct ul_request *req)
@@ -674,7 +687,7 @@ static int32_t target_execute_timed(struct ul_target *t, struct ul_request *req)
 		return target_execute(t, req);
 	begin_ns = now_ns();
 	res = target_execute(t, req);
-	target_note_time(t, now_ns() - begin_ns);
+	guard_note(&t->sync, now_ns() - begin_ns);
 	return res;
 }
 
@@ -1054,22 +1067,8 @@ static bool target_writes_in_order(struct ul_target *t)
  * lately, and none is with write_work, where it may be waiting now. */
 static bool auto_is_fresh_quick(struct ul_target *t, const struct ul_plug *plug)
 {
-	unsigned int nr =
-		atomic_load_explicit(&t->nr_fresh, memory_order_relaxed);
-
-	if (plug->head || target_writes_in_order(t))
-		return false;
-	if (nr)
-		atomic_store_explicit(&t->nr_fresh, nr - 1,
-				      memory_order_relaxed);
-	return !nr;
-}
-
-static void auto_note_fresh(struct ul_target *t, uint64_t nr_ns)
-{
-	if (nr_ns > FRESH_NS)
-		atomic_store_explicit(&t->nr_fresh, FRESH_AGAIN,
-				      memory_order_relaxed);
+	return !plug->head && !target_writes_in_order(t) &&
+	       guard_allows(&t->fresh);
 }
 
 /* Whether a write is done by an inline pwrite: it has not to be read first, and
@@ -1106,7 +1105,7 @@ static void auto_execute_run(struct ul_target *t, struct ul_run *run)
 	nr_ns = now_ns() - begin_ns;
 	/* New pages come in folios no larger than the write. */
 	if (run->is_fresh)
-		auto_note_fresh(t, nr_ns);
+		guard_note(&t->fresh, nr_ns);
 	else
 		ul_folios_note_write(t->folios, offset_bytes, run->nr_bytes,
 				     nr_ns);
@@ -1165,7 +1164,7 @@ static int32_t auto_write_by_chunks(struct ul_target *t, struct ul_request *req,
 	int32_t res = auto_move_by_chunks(t, req);
 
 	if (begin_ns)
-		auto_note_fresh(t, now_ns() - begin_ns);
+		guard_note(&t->fresh, now_ns() - begin_ns);
 	return res;
 }
 
@@ -1232,12 +1231,11 @@ static bool auto_is_quick(struct ul_target *t, const struct ul_request *req)
 {
 	return t->cold == COLD_ASYNC && request_is_sync(req) &&
 	       req->nr_bytes <= JOINED_MAX &&
-	       !atomic_load_explicit(&t->nr_to_worker, memory_order_relaxed) &&
 	       atomic_load_explicit(&t->dirty_bytes, memory_order_relaxed) <=
 		       QUICK_DIRTY &&
 	       !(t->folios && req->op == UBLK_IO_OP_WRITE &&
 		 ul_folios_are_due(t->folios, req->offset_bytes)) &&
-	       target_is_alone(t, req);
+	       target_is_alone(t, req) && guard_allows(&t->sync);
 }
 
 static enum ul_rq_status auto_ordered(struct ul_target *t,
