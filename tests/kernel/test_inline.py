@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import time
@@ -74,6 +75,54 @@ def test_first_read_of_a_cold_page_leaves_the_page_cache_alone(
         stats = dev.hctxs[0].stats()
         assert stats.nr_async >= len(offsets)
         assert not any(is_cached(path, offset) for offset in offsets)
+
+
+def test_random_read_next_to_a_page_that_was_read_leaves_the_page_cache_alone(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        drop_caches()
+        for place in range(4 * MIB, 12 * MIB, MIB):
+            for offset in (place, place + PAGE):
+                assert client.read(offset, PAGE) == pattern(16 * MIB)[offset : offset + PAGE]
+                assert not is_cached(path, offset)
+
+
+def test_page_that_another_program_wrote_is_read_as_written_where_all_else_is_cold(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    # What all else was lately is guessed of a page too, and that is dirty.
+    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    model = bytearray(pattern(16 * MIB))
+    with open_block(dev.block_path) as client, path.open("r+b", buffering=0) as other:
+        drop_caches()
+        for offset in range(MIB, 15 * MIB, 256 * KIB):
+            assert client.read(offset, PAGE) == model[offset : offset + PAGE]
+        for seed, offset in enumerate(range(MIB + 64 * KIB, 15 * MIB, 256 * KIB), 1):
+            other.seek(offset)
+            other.write(pattern(PAGE, seed=seed))
+            model[offset : offset + PAGE] = pattern(PAGE, seed=seed)
+            for _ in range(3):
+                assert client.read(offset, PAGE) == model[offset : offset + PAGE]
+        assert client.read(0, MIB) == model[:MIB]
+    assert path.read_bytes() == model
+
+
+def test_cold_read_into_memory_that_the_disk_does_not_take_is_right(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client, mmap.mmap(-1, 2 * MIB) as memory:
+        drop_caches()
+        cases = itertools.product((4 * KIB, 64 * KIB, 256 * KIB), (4, 256, 2048))
+        for number, (nr_bytes, shift) in enumerate(cases, 4):
+            with memoryview(memory)[shift : shift + nr_bytes] as data:
+                assert os.preadv(client.fd, [data], number * MIB) == nr_bytes
+                assert data == pattern(16 * MIB)[number * MIB :][:nr_bytes]
 
 
 def test_page_written_behind_a_first_read_is_read_as_written(

@@ -628,6 +628,8 @@ static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
 		ul_target_queue_work(h->target, h->wq, &h->plug, req);
 		return;
 	}
+	if (res >= 0)
+		ul_target_note_read(h->target, req);
 	if (ul_hctx_is_registered(req))
 		req->res = res;
 	else

@@ -42,6 +42,11 @@
 /* Of so many bytes the kernel maps the pages that are there at one read fault
  * (fault_around_bytes). */
 #define TOUCH_BYTES		(64 * 1024)
+/* After so many pages that were not resident, one of so many is asked about. */
+#define COLD_ANSWERS		16
+#define COLD_PER_CHECK		8
+/* A read is part of a stream if so many pages before it were read. */
+#define STREAM_PAGES		8
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
 struct ul_map {
@@ -51,6 +56,8 @@ struct ul_map {
 	uint64_t		nr_pages;	/* I: of bytes */
 	unsigned int		page_shift;	/* I */
 	_Atomic unsigned int	nr_forgets;	/* A */
+	_Atomic unsigned int	nr_cold;	/* A: since a page asked about was
+						 * resident; may lose some */
 	_Atomic uint64_t	*read;		/* I: owned, behind resident; a
 						 * bit a page, A: read cold */
 	_Atomic uint64_t	*asked;		/* I: owned, behind read; a bit
@@ -138,9 +145,11 @@ static bool map_knows(const struct ul_map *m, uint64_t page)
 static void map_forget_all(struct ul_map *m)
 {
 	atomic_fetch_add(&m->nr_forgets, 1);
+	atomic_store_explicit(&m->nr_cold, 0, memory_order_relaxed);
 	for (uint64_t word = 0; word * WORD_BITS < m->nr_pages; word++) {
 		atomic_store_explicit(&m->resident[word], 0,
 				      memory_order_relaxed);
+		atomic_store_explicit(&m->read[word], 0, memory_order_relaxed);
 		atomic_store_explicit(&m->asked[word / WORD_BITS], 0,
 				      memory_order_relaxed);
 	}
@@ -160,25 +169,55 @@ static void bits_clear(_Atomic uint64_t *bits, uint64_t page)
 				  memory_order_relaxed);
 }
 
-/* Ask the kernel about a word's pages: asking for 64 costs little more than
- * asking for one. */
-static void map_ask(struct ul_map *m, uint64_t word)
+/* Ask the kernel about pages of one word. */
+static void map_ask(struct ul_map *m, uint64_t page, uint64_t nr_pages)
 {
-	uint64_t page = word * WORD_BITS;
-	uint64_t nr_pages = m->nr_pages - page;
 	unsigned char answers[WORD_BITS];
 	uint64_t bits = 0;
 
-	bits_set(m->asked, word);
-	if (nr_pages > WORD_BITS)
-		nr_pages = WORD_BITS;
 	if (mincore(m->bytes + (page << m->page_shift),
 		    nr_pages << m->page_shift, answers))
 		return;
 	for (uint64_t i = 0; i < nr_pages; i++)
 		bits |= (uint64_t)(answers[i] & 1) << i;
-	atomic_fetch_or_explicit(&m->resident[word], bits,
+	atomic_fetch_or_explicit(&m->resident[page / WORD_BITS],
+				 bits << page % WORD_BITS,
 				 memory_order_relaxed);
+}
+
+static void map_ask_word(struct ul_map *m, uint64_t word)
+{
+	uint64_t page = word * WORD_BITS;
+	uint64_t nr_pages = m->nr_pages - page;
+
+	bits_set(m->asked, word);
+	map_ask(m, page, nr_pages < WORD_BITS ? nr_pages : WORD_BITS);
+}
+
+/* Whether a page that was never read is taken for cold: so was what was asked
+ * about lately.  Some are asked about all the same.  A wrong guess is read past
+ * the page cache, once, as the page counts as read then. */
+static bool map_guesses_cold(struct ul_map *m, uint64_t page)
+{
+	unsigned int nr =
+		atomic_load_explicit(&m->nr_cold, memory_order_relaxed);
+
+	atomic_store_explicit(&m->nr_cold, nr + 1, memory_order_relaxed);
+	return nr >= COLD_ANSWERS && nr % COLD_PER_CHECK &&
+	       !bits_have(m->read, page);
+}
+
+/* Where one page is resident, others are most likely, and asking for 64 costs
+ * little more than asking for one.  Where none is it costs ten times as much. */
+static void map_ask_again(struct ul_map *m, uint64_t page)
+{
+	if (map_guesses_cold(m, page))
+		return;
+	map_ask(m, page, 1);
+	if (!map_knows(m, page))
+		return;
+	atomic_store_explicit(&m->nr_cold, 0, memory_order_relaxed);
+	map_ask_word(m, page / WORD_BITS);
 }
 
 /* A device that has grown since has more than that. */
@@ -201,8 +240,10 @@ static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
 	for (uint64_t page = map_page(m, offset_bytes); page <= last; page++) {
 		if (map_knows(m, page))
 			continue;
-		if (ask_again || !bits_have(m->asked, page / WORD_BITS))
-			map_ask(m, page / WORD_BITS);
+		if (ask_again)
+			map_ask_again(m, page);
+		else if (!bits_have(m->asked, page / WORD_BITS))
+			map_ask_word(m, page / WORD_BITS);
 		if (!map_knows(m, page))
 			return false;
 	}
@@ -315,6 +356,17 @@ bool ul_map_is_new(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 	return !map_is_resident(m, offset_bytes, nr_bytes, false);
 }
 
+/* By its neighbour alone half of all random reads would be, once half was read. */
+static bool map_is_stream(const struct ul_map *m, uint64_t page)
+{
+	uint64_t first = page > STREAM_PAGES ? page - STREAM_PAGES : 0;
+
+	for (uint64_t before = first; before < page; before++)
+		if (!bits_have(m->read, before))
+			return false;
+	return page;
+}
+
 bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
 			  uint64_t nr_bytes)
 {
@@ -324,7 +376,7 @@ bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
 
 	if (!map_has(m, offset_bytes, nr_bytes))
 		return false;
-	is_first = !page || !bits_have(m->read, page - 1);
+	is_first = !map_is_stream(m, page);
 	for (; page < end; page++) {
 		is_first &= !bits_have(m->read, page);
 		bits_set(m->read, page);
@@ -340,6 +392,12 @@ void ul_map_touch(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 	for (uint64_t at = 0; at < nr_bytes; at += TOUCH_BYTES)
 		ul_map_copy(&byte, data + at, 1);
 	ul_map_copy(&byte, data + nr_bytes - 1, 1);
+}
+
+void ul_map_note_read(struct ul_map *m, uint64_t offset_bytes,
+		      uint64_t nr_bytes)
+{
+	ul_map_note_write(m, offset_bytes, nr_bytes);
 }
 
 void ul_map_note_write(struct ul_map *m, uint64_t offset_bytes,

@@ -19,8 +19,8 @@ void ul_map_destroy(struct ul_map *map);
 /* Where a range is, if reading or writing it needs no I/O, as far as is known;
  * else NULL.  For the kernel, or ul_map_copy(), to touch: see map.c. */
 char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
-/* Whether none of these pages, nor the one before, was asked about here before:
- * a stream is not that, but for its beginning.  Any thread. */
+/* Whether none of these pages was asked about here before, nor all of those right
+ * before it: a stream is not that, but for its beginning.  Any thread. */
 bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
 			  uint64_t nr_bytes);
 /* Read a little of a range that was found.  A file in memory can be written then
@@ -34,9 +34,12 @@ bool ul_map_is_whole(const struct ul_map *map, uint64_t offset_bytes,
  * written since. */
 bool ul_map_is_new(struct ul_map *map, uint64_t offset_bytes,
 		   uint64_t nr_bytes);
-/* A range was written by a system call: it is resident now. */
+/* A range was written by a system call, or read by way of the page cache: it is
+ * resident now. */
 void ul_map_note_write(struct ul_map *map, uint64_t offset_bytes,
 		       uint64_t nr_bytes);
+void ul_map_note_read(struct ul_map *map, uint64_t offset_bytes,
+		      uint64_t nr_bytes);
 /* How often it was found that pages had been reclaimed.  Any thread. */
 unsigned int ul_map_nr_forgets(const struct ul_map *map);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that

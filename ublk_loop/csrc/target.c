@@ -896,6 +896,13 @@ bool ul_target_has_map(const struct ul_target *t)
 	return t->map;
 }
 
+void ul_target_note_read(const struct ul_target *t,
+			 const struct ul_request *req)
+{
+	if (t->map && req->op == UBLK_IO_OP_READ && !req->past_cache)
+		ul_map_note_read(t->map, req->offset_bytes, req->nr_bytes);
+}
+
 int ul_target_direct_fd(const struct ul_target *t)
 {
 	return t->config.kind == UL_TARGET_LOOP ? t->config.direct_fd : -1;
@@ -1020,6 +1027,15 @@ static bool auto_reads_past_cache(struct ul_target *t,
 	       ul_map_is_first_read(t->map, req->offset_bytes, req->nr_bytes);
 }
 
+/* To have its pages registered costs a read two commands, and saves it a copy by
+ * a system call.  What is small and comes from the page cache may be joined. */
+static bool auto_read_registers(const struct ul_request *req)
+{
+	return (req->past_cache || req->nr_bytes > JOINED_MAX) &&
+	       ul_hctx_is_user_copy(req) && !ul_hctx_is_registered(req) &&
+	       ul_hctx_can_register(req);
+}
+
 static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 				   struct ul_request *req)
 {
@@ -1033,6 +1049,7 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 		return UL_RQ_DONE;
 	case COLD_ASYNC:
 		req->past_cache = auto_reads_past_cache(t, req);
+		req->registers = auto_read_registers(req);
 		return UL_RQ_ASYNC;
 	default:
 		return UL_RQ_QUEUED;

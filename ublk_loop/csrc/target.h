@@ -146,6 +146,10 @@ static inline bool ul_request_is_undone(const struct ul_request *req,
 	       (res >= 0 && res < (int32_t)req->nr_bytes);
 }
 
+/* UL_RQ_ASYNC did it. */
+void ul_target_note_read(const struct ul_target *target,
+			 const struct ul_request *req);
+
 void ul_plug_init(struct ul_plug *plug);
 void ul_request_init(struct ul_request *req);
 enum ul_rq_status ul_target_queue_rq(struct ul_target *target,
