@@ -43,9 +43,9 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/vfs.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "folios.h"
 
 #define REGION_SHIFT	21
@@ -229,18 +229,11 @@ static void folios_make_cold(struct ul_folios *f, uint64_t begin, uint64_t end)
 	}
 }
 
-static uint64_t now_us(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000;
-}
-
 /* A mean of the last ones, which a disk's quick and slow moments sway little. */
-static void folios_note_split(struct ul_folios *f, uint64_t took_us)
+static void folios_note_split(struct ul_folios *f, uint64_t nr_ns)
 {
 	unsigned int us = atomic_load(&f->split_us);
+	uint64_t took_us = nr_ns / 1000;
 
 	if (took_us > COST_MAX_US)
 		took_us = COST_MAX_US;
@@ -252,11 +245,11 @@ void ul_folios_split(struct ul_folios *f, uint64_t offset_bytes)
 	uint64_t index = folios_index(f, offset_bytes);
 	uint64_t begin = index << REGION_SHIFT;
 	uint64_t end = begin + (1 << REGION_SHIFT);
-	uint64_t begin_us;
+	uint64_t begin_ns;
 
 	if (!ul_folios_are_due(f, offset_bytes))
 		return;
-	begin_us = now_us();
+	begin_ns = now_ns();
 	if (end > f->nr_bytes)
 		end = f->nr_bytes;
 	f->nr_vain++;
@@ -273,5 +266,5 @@ void ul_folios_split(struct ul_folios *f, uint64_t offset_bytes)
 		atomic_store(&f->is_off, true);
 	atomic_store_explicit(&f->regions[index].nr_mapped, 1,
 			      memory_order_relaxed);
-	folios_note_split(f, now_us() - begin_us);
+	folios_note_split(f, now_ns() - begin_ns);
 }
