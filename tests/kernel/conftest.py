@@ -17,6 +17,7 @@ import mmap
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -73,8 +74,18 @@ def run() -> Callable[..., str]:
 # ---- the driver, and what a test leaves behind ----
 
 
+@contextlib.contextmanager
+def _changed(knob: Path, value: str) -> Iterator[None]:
+    before = knob.read_text()
+    knob.write_text(value)
+    try:
+        yield
+    finally:
+        knob.write_text(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def driver() -> Iterator[None]:
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Skip without root and ublk_drv; have the kernel report a hung task soon."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
@@ -82,14 +93,21 @@ def driver() -> Iterator[None]:
     run_command("modprobe", "--all", "ublk_drv", "loop", "dm_mod", check=False)
     if not os.path.exists("/dev/ublk-control"):
         pytest.skip("needs the kernel module ublk_drv")
-    knob = Path("/proc/sys/kernel/hung_task_timeout_secs")
-    if not knob.exists():
+    with contextlib.ExitStack() as stack:
+        knobs = {"hung_task_timeout_secs": str(HUNG_TASK_S)}
+        # The kernel looks for a module each time that a device gets the scheduler `none`: 0.4 s in
+        # an emulated guest, a quarter of a test's time.
+        modprobe = tmp_path_factory.mktemp("modprobe") / "modprobe"
+        modprobe.write_text(
+            f'#!/bin/sh\n[ "$3" != none-iosched ] || exit 1\nexec {shutil.which("modprobe")} "$@"\n'
+        )
+        modprobe.chmod(0o755)
+        knobs["modprobe"] = str(modprobe)
+        for name, value in knobs.items():
+            knob = Path("/proc/sys/kernel", name)
+            if knob.exists():
+                stack.enter_context(_changed(knob, value))
         yield
-        return
-    before = knob.read_text()
-    knob.write_text(str(HUNG_TASK_S))
-    yield
-    knob.write_text(before)
 
 
 class KernelLog:
@@ -161,15 +179,23 @@ def _processes(mark: str) -> frozenset[str]:
     # Whoever was started by the test has its mark, daemons and grandchildren too; a zombie has no
     # environment any more, but then it is a child of ours.
     found = set()
-    for proc in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (proc / "environ").read_bytes() and proc.name != str(os.getpid()):
-                found.add(_process_name(proc))
+    for pid in _pids() - EARLIER_PIDS:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb", 0) as environ:
+            if mark.encode() in environ.read():
+                found.add(_process_name(Path("/proc", pid)))
     for children in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for pid in children.read_text().split():
                 found.add(_process_name(Path("/proc", pid)))
     return frozenset(found)
+
+
+def _pids() -> set[str]:
+    return {name for name in os.listdir("/proc") if name.isdigit()}
+
+
+# Most are the kernel's. (We are one of them.)
+EARLIER_PIDS = _pids()
 
 
 def _process_name(proc: Path) -> str:
