@@ -44,38 +44,12 @@ stage() {
     shift
     say "$name"
     "$@" || code=$?
-    stage_is_over "$name" $code $((SECONDS - begin))
-}
-
-stage_is_over() {
-    local name=$1 code=$2
     # 5: pytest found no test by that name here (-k); another stage may have it.
-    if [ "$code" = 5 ] && [ -n "$chosen" ]; then
+    if [ $code = 5 ] && [ -n "$chosen" ]; then
         code=0
     fi
-    say "$name: exit code $code after $3 s"
-    [ "$code" = 0 ] || failed+=("$name")
-}
-
-# The guests at once, as each waits half of its time; one after another where memory is short.
-test_in_guests() {
-    local kernel begin=$SECONDS code guests=() memory_mib
-    memory_mib=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
-    trap 'kill "${guests[@]}"; exit 130' INT TERM HUP
-    for kernel in "${kernels[@]}"; do
-        say "kernel tests on Linux $kernel"
-        python3 tools/vm.py --vm --kernel "$kernel" --timeout 2340 -- "${kernel_pytest[@]}" \
-            > >(sed -u "s/^/$kernel: /") 2>&1 &
-        guests+=($!)
-        [ "$memory_mib" -ge $((3072 * ${#kernels[@]})) ] || wait $! || true
-    done
-    for kernel in "${kernels[@]}"; do
-        code=0
-        wait "${guests[0]}" || code=$?
-        guests=("${guests[@]:1}")
-        stage_is_over "kernel tests on Linux $kernel" $code $((SECONDS - begin))
-    done
-    trap - INT TERM HUP
+    say "$name: exit code $code after $((SECONDS - begin)) s"
+    [ $code = 0 ] || failed+=("$name")
 }
 
 # Many containers forbid it: then the integration tests run in a guest as well.
@@ -102,7 +76,10 @@ else
 fi
 kernel_pytest=("${pytest[@]}" -p no:cacheprovider --durations=10 "${kernel_tests[@]}" "$@")
 if [ -n "$in_guest" ]; then
-    test_in_guests
+    for kernel in "${kernels[@]}"; do
+        stage "kernel tests on Linux $kernel" \
+            python3 tools/vm.py --vm --kernel "$kernel" --timeout 2100 -- "${kernel_pytest[@]}"
+    done
     # The figures are those of one kernel.
     if [[ " ${kernels[*]} " == *" 7.3 "* ]] && [ -z "$chosen" ]; then
         stage "instructions per I/O" tools/icount_gate.py
