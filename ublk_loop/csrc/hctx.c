@@ -422,6 +422,13 @@ bool ul_hctx_is_user_copy(const struct ul_request *req)
 	return hctx_is_user_copy(req->hctx) && !req->is_shared;
 }
 
+/* Drivers from before BATCH_IO (6.12, ublk_copy_user_pages()) pin the pages that
+ * they copy to, and mark them dirty once more, without the page's lock. */
+bool ul_hctx_pins_pages(const struct ul_request *req)
+{
+	return ul_hctx_is_user_copy(req) && !hctx_is_batch(req->hctx);
+}
+
 static int hctx_user_copy(struct ul_request *req, void *data, uint64_t pos,
 			  uint64_t nr_bytes)
 {

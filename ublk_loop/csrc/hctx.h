@@ -16,6 +16,8 @@ void ul_hctx_complete_list(struct ul_request *first, struct ul_request *last);
 /* Whether the driver leaves it to us to move a request's data; then how, between
  * the driver and any memory of ours: 0, or -errno (-EFAULT: the memory). */
 bool ul_hctx_is_user_copy(const struct ul_request *req);
+/* Whether a user copy may make a page dirty after it was written back. */
+bool ul_hctx_pins_pages(const struct ul_request *req);
 /* Whether its pages are in the ring's buffer table: UL_RQ_ASYNC needs no copy. */
 bool ul_hctx_is_registered(const struct ul_request *req);
 /* Whether they can be put there, for UL_RQ_ASYNC (req->registers). */

@@ -1064,7 +1064,8 @@ static bool auto_write_by_map(struct ul_target *t, struct ul_plug *plug,
 {
 	if (t->cold == COLD_INLINE)
 		return auto_use_map(t, plug, req);
-	return t->folios &&
+	/* Of a page without buffers that becomes dirty ext4 drops the data. */
+	return t->folios && !ul_hctx_pins_pages(req) &&
 	       ul_folios_take_mapped(t->folios, req->offset_bytes,
 				     req->nr_bytes) &&
 	       auto_use_map(t, plug, req);
