@@ -143,21 +143,28 @@ static void region_begin_anew(struct folios_region *region)
 	atomic_store_explicit(&region->nr_mapped, 0, memory_order_relaxed);
 }
 
-void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
-			  uint64_t nr_bytes, uint64_t nr_ns)
+/* Where a write goes.  If pages were reclaimed, all begins anew: what comes back
+ * may come in large folios. */
+static struct folios_region *folios_region(struct ul_folios *f,
+					   uint64_t offset_bytes)
 {
-	struct folios_region *region =
-		&f->regions[folios_index(f, offset_bytes)];
 	unsigned int nr_forgets = ul_map_nr_forgets(f->map);
-	uint64_t cost_us;
 
-	/* Pages were reclaimed: what comes back may come in large folios. */
 	if (nr_forgets !=
 	    atomic_load_explicit(&f->nr_forgets, memory_order_relaxed)) {
 		atomic_store(&f->nr_forgets, nr_forgets);
 		for (uint64_t i = 0; i <= f->nr_bytes >> REGION_SHIFT; i++)
 			region_begin_anew(&f->regions[i]);
 	}
+	return &f->regions[folios_index(f, offset_bytes)];
+}
+
+void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
+			  uint64_t nr_bytes, uint64_t nr_ns)
+{
+	struct folios_region *region = folios_region(f, offset_bytes);
+	uint64_t cost_us;
+
 	if (nr_bytes > SMALL_BYTES)
 		return;
 	if (nr_ns > WRITE_MAX_NS)
@@ -185,8 +192,7 @@ bool ul_folios_are_due(const struct ul_folios *f, uint64_t offset_bytes)
 bool ul_folios_take_mapped(struct ul_folios *f, uint64_t offset_bytes,
 			   uint64_t nr_bytes)
 {
-	struct folios_region *region =
-		&f->regions[folios_index(f, offset_bytes)];
+	struct folios_region *region = folios_region(f, offset_bytes);
 	unsigned int nr =
 		atomic_load_explicit(&region->nr_mapped, memory_order_relaxed);
 
