@@ -394,14 +394,8 @@ void ul_map_touch(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)
 	ul_map_copy(&byte, data + nr_bytes - 1, 1);
 }
 
-void ul_map_note_read(struct ul_map *m, uint64_t offset_bytes,
-		      uint64_t nr_bytes)
-{
-	ul_map_note_write(m, offset_bytes, nr_bytes);
-}
-
-void ul_map_note_write(struct ul_map *m, uint64_t offset_bytes,
-		       uint64_t nr_bytes)
+void ul_map_note_resident(struct ul_map *m, uint64_t offset_bytes,
+			  uint64_t nr_bytes)
 {
 	uint64_t begin = map_page(m, offset_bytes);
 	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;

@@ -36,10 +36,8 @@ bool ul_map_is_new(struct ul_map *map, uint64_t offset_bytes,
 		   uint64_t nr_bytes);
 /* A range was written by a system call, or read by way of the page cache: it is
  * resident now. */
-void ul_map_note_write(struct ul_map *map, uint64_t offset_bytes,
-		       uint64_t nr_bytes);
-void ul_map_note_read(struct ul_map *map, uint64_t offset_bytes,
-		      uint64_t nr_bytes);
+void ul_map_note_resident(struct ul_map *map, uint64_t offset_bytes,
+			  uint64_t nr_bytes);
 /* How often it was found that pages had been reclaimed.  Any thread. */
 unsigned int ul_map_nr_forgets(const struct ul_map *map);
 /* memcpy.  False: nothing (of use) was done; take another way.  Any thread that

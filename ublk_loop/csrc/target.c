@@ -367,7 +367,7 @@ static int32_t loop_write_from(const struct ul_target *t, const char *data,
 			return -errno;
 	}
 	if (t->map)
-		ul_map_note_write(t->map, offset_bytes, nr_bytes);
+		ul_map_note_resident(t->map, offset_bytes, nr_bytes);
 	return 0;
 }
 
@@ -393,8 +393,8 @@ static bool run_write_as_one(const struct ul_target *t,
 		     0) != (ssize_t)run->nr_bytes)
 		return false;
 	if (t->map)
-		ul_map_note_write(t->map, run->first->offset_bytes,
-				  run->nr_bytes);
+		ul_map_note_resident(t->map, run->first->offset_bytes,
+				     run->nr_bytes);
 	return true;
 }
 
@@ -900,7 +900,7 @@ void ul_target_note_read(const struct ul_target *t,
 			 const struct ul_request *req)
 {
 	if (t->map && req->op == UBLK_IO_OP_READ && !req->past_cache)
-		ul_map_note_read(t->map, req->offset_bytes, req->nr_bytes);
+		ul_map_note_resident(t->map, req->offset_bytes, req->nr_bytes);
 }
 
 int ul_target_direct_fd(const struct ul_target *t)
