@@ -93,21 +93,27 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     run_command("modprobe", "--all", "ublk_drv", "loop", "dm_mod", check=False)
     if not os.path.exists("/dev/ublk-control"):
         pytest.skip("needs the kernel module ublk_drv")
+    knobs = {
+        "hung_task_timeout_secs": str(HUNG_TASK_S),
+        "modprobe": str(_make_modprobe(tmp_path_factory.mktemp("modprobe"))),
+    }
     with contextlib.ExitStack() as stack:
-        knobs = {"hung_task_timeout_secs": str(HUNG_TASK_S)}
-        # The kernel looks for a module each time that a device gets the scheduler `none`: 0.4 s in
-        # an emulated guest, a quarter of a test's time.
-        modprobe = tmp_path_factory.mktemp("modprobe") / "modprobe"
-        modprobe.write_text(
-            f'#!/bin/sh\n[ "$3" != none-iosched ] || exit 1\nexec {shutil.which("modprobe")} "$@"\n'
-        )
-        modprobe.chmod(0o755)
-        knobs["modprobe"] = str(modprobe)
         for name, value in knobs.items():
             knob = Path("/proc/sys/kernel", name)
             if knob.exists():
                 stack.enter_context(_changed(knob, value))
         yield
+
+
+def _make_modprobe(folder: Path) -> Path:
+    # The kernel looks for a module each time that a device gets the scheduler `none`: 0.4 s in an
+    # emulated guest, a quarter of a test's time.
+    path = folder / "modprobe"
+    path.write_text(
+        f'#!/bin/sh\n[ "$3" != none-iosched ] || exit 1\nexec {shutil.which("modprobe")} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 class KernelLog:

@@ -62,43 +62,43 @@ def test_file_in_memory_is_flushed_and_gives_up_pages_at_once(
     assert path.read_bytes() == expected
 
 
-def test_first_read_of_a_cold_page_leaves_the_page_cache_alone(
-    device, backing_file, ext4_folder, open_block, pattern
-) -> None:
+@pytest.fixture
+def cold(device, backing_file, ext4_folder, open_block, pattern):
+    """``path, dev, client``: 16 MiB of ``pattern`` on ext4, nothing of it in the page cache."""
     path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
     dev = device(LoopTarget(path), policy="auto")
     with open_block(dev.block_path) as client:
         drop_caches()
-        offsets = range(4 * MIB, 12 * MIB, MIB)
-        for offset in offsets:
-            assert client.read(offset, 4 * KIB) == pattern(16 * MIB)[offset : offset + 4 * KIB]
-        stats = dev.hctxs[0].stats()
-        assert stats.nr_async >= len(offsets)
-        assert not any(is_cached(path, offset) for offset in offsets)
+        yield path, dev, client
+
+
+def test_first_read_of_a_cold_page_leaves_the_page_cache_alone(cold, pattern) -> None:
+    path, dev, client = cold
+    offsets = range(4 * MIB, 12 * MIB, MIB)
+    for offset in offsets:
+        assert client.read(offset, 4 * KIB) == pattern(16 * MIB)[offset : offset + 4 * KIB]
+    stats = dev.hctxs[0].stats()
+    assert stats.nr_async >= len(offsets)
+    assert not any(is_cached(path, offset) for offset in offsets)
 
 
 def test_random_read_next_to_a_page_that_was_read_leaves_the_page_cache_alone(
-    device, backing_file, ext4_folder, open_block, pattern
+    cold, pattern
 ) -> None:
-    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
-    dev = device(LoopTarget(path), policy="auto")
-    with open_block(dev.block_path) as client:
-        drop_caches()
-        for place in range(4 * MIB, 12 * MIB, MIB):
-            for offset in (place, place + PAGE):
-                assert client.read(offset, PAGE) == pattern(16 * MIB)[offset : offset + PAGE]
-                assert not is_cached(path, offset)
+    path, _, client = cold
+    for place in range(4 * MIB, 12 * MIB, MIB):
+        for offset in (place, place + PAGE):
+            assert client.read(offset, PAGE) == pattern(16 * MIB)[offset : offset + PAGE]
+            assert not is_cached(path, offset)
 
 
 def test_page_that_another_program_wrote_is_read_as_written_where_all_else_is_cold(
-    device, backing_file, ext4_folder, open_block, pattern
+    cold, pattern
 ) -> None:
+    path, _, client = cold
     # What all else was lately is guessed of a page too, and that is dirty.
-    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
-    dev = device(LoopTarget(path), policy="auto")
     model = bytearray(pattern(16 * MIB))
-    with open_block(dev.block_path) as client, path.open("r+b", buffering=0) as other:
-        drop_caches()
+    with path.open("r+b", buffering=0) as other:
         for offset in range(MIB, 15 * MIB, 256 * KIB):
             assert client.read(offset, PAGE) == model[offset : offset + PAGE]
         for seed, offset in enumerate(range(MIB + 64 * KIB, 15 * MIB, 256 * KIB), 1):
@@ -111,13 +111,9 @@ def test_page_that_another_program_wrote_is_read_as_written_where_all_else_is_co
     assert path.read_bytes() == model
 
 
-def test_cold_read_into_memory_that_the_disk_does_not_take_is_right(
-    device, backing_file, ext4_folder, open_block, pattern
-) -> None:
-    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
-    dev = device(LoopTarget(path), policy="auto")
-    with open_block(dev.block_path) as client, mmap.mmap(-1, 2 * MIB) as memory:
-        drop_caches()
+def test_cold_read_into_memory_that_the_disk_does_not_take_is_right(cold, pattern) -> None:
+    _, _, client = cold
+    with mmap.mmap(-1, 2 * MIB) as memory:
         cases = itertools.product((4 * KIB, 64 * KIB, 256 * KIB), (4, 256, 2048))
         for number, (nr_bytes, shift) in enumerate(cases, 4):
             with memoryview(memory)[shift : shift + nr_bytes] as data:
@@ -125,38 +121,28 @@ def test_cold_read_into_memory_that_the_disk_does_not_take_is_right(
                 assert data == pattern(16 * MIB)[number * MIB :][:nr_bytes]
 
 
-def test_page_written_behind_a_first_read_is_read_as_written(
-    device, backing_file, ext4_folder, open_block, pattern
-) -> None:
-    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
-    dev = device(LoopTarget(path), policy="auto")
-    with open_block(dev.block_path) as client:
-        drop_caches()
-        assert client.read(8 * MIB, 4 * KIB) == pattern(16 * MIB)[8 * MIB :][: 4 * KIB]
-        assert client.write(8 * MIB, pattern(512, seed=1)) == 512
-        expected = pattern(512, seed=1) + pattern(16 * MIB)[8 * MIB + 512 :][: 8 * KIB - 512]
-        assert client.read(8 * MIB, 8 * KIB) == expected
-        drop_caches()
-        assert client.read(8 * MIB, 8 * KIB) == expected
+def test_page_written_behind_a_first_read_is_read_as_written(cold, pattern) -> None:
+    _, _, client = cold
+    assert client.read(8 * MIB, 4 * KIB) == pattern(16 * MIB)[8 * MIB :][: 4 * KIB]
+    assert client.write(8 * MIB, pattern(512, seed=1)) == 512
+    expected = pattern(512, seed=1) + pattern(16 * MIB)[8 * MIB + 512 :][: 8 * KIB - 512]
+    assert client.read(8 * MIB, 8 * KIB) == expected
+    drop_caches()
+    assert client.read(8 * MIB, 8 * KIB) == expected
 
 
-def test_cold_pages_are_read_by_the_ring_and_then_at_once(
-    device, backing_file, ext4_folder, open_block, pattern
-) -> None:
-    path = backing_file(16 * MIB, pattern(16 * MIB), folder=ext4_folder)
-    dev = device(LoopTarget(path), policy="auto")
+def test_cold_pages_are_read_by_the_ring_and_then_at_once(cold, pattern) -> None:
+    _, dev, client = cold
     # Not the first pages: what the kernel read for partitions stays mapped, with its folio.
     expected = pattern(16 * MIB)[8 * MIB :][: 64 * KIB]
-    with open_block(dev.block_path) as client:
-        drop_caches()
-        cold = dev.hctxs[0].stats()
-        assert client.read(8 * MIB, 64 * KIB) == expected
-        # The first read leaves the page cache alone, the second fills it.
-        assert client.read(8 * MIB, 64 * KIB) == expected
-        warm = dev.hctxs[0].stats()
-        assert client.read(8 * MIB, 64 * KIB) == expected
-        after = dev.hctxs[0].stats()
-    assert warm.nr_async - cold.nr_async == 2
+    before = dev.hctxs[0].stats()
+    assert client.read(8 * MIB, 64 * KIB) == expected
+    # The first read leaves the page cache alone, the second fills it.
+    assert client.read(8 * MIB, 64 * KIB) == expected
+    warm = dev.hctxs[0].stats()
+    assert client.read(8 * MIB, 64 * KIB) == expected
+    after = dev.hctxs[0].stats()
+    assert warm.nr_async - before.nr_async == 2
     assert after.nr_async == warm.nr_async
     assert after.nr_inline - warm.nr_inline == 1
 
