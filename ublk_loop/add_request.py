@@ -155,12 +155,12 @@ _TYPES_OF = {
     "chunk_bytes": (("stripe",), "--chunk_size"),
     "nr_bytes": (("loop", "null", "ram"), "--size"),
     "offset": (("loop",), "-o"),
-    "read_only": (("loop",), "-R"),
+    "read_only": (("loop", "null"), "-R"),
     "delay_us": (("null",), "--delay_us"),
     "shmem": (("loop", "null"), "--shmem"),
     "metadata_bytes": (("loop", "null"), "--metadata_size"),
     "limit_bytes": (("loop",), "--sizelimit"),
-    "logical_bs": (("loop",), "--sector_size"),
+    "logical_bs": (("loop", "null"), "--sector_size"),
 }
 
 
@@ -171,6 +171,7 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         if kind not in kinds and given[name] not in (None, False, ()):
             raise click.UsageError(f"{option} is for -t {' and '.join(kinds)} only")
     metadata = _metadata(given)
+    logical_bs = int(given["logical_bs"]) if given["logical_bs"] else None
     if kind in ("null", "ram"):
         if kind == "ram" and nr_bytes is None:
             raise click.UsageError("-t ram needs --size")
@@ -179,6 +180,8 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         return TargetSpec(
             kind,
             nr_bytes=NULL_NR_BYTES if nr_bytes is None else nr_bytes,
+            read_only=given["read_only"],
+            logical_bs=logical_bs,
             delay_us=given["delay_us"] or 0,
             metadata=metadata,
         )
@@ -207,7 +210,7 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
         direct=direct,
         read_only=given["read_only"],
         limit_bytes=given["limit_bytes"] or nr_bytes,
-        logical_bs=int(given["logical_bs"]) if given["logical_bs"] else None,
+        logical_bs=logical_bs,
         metadata=metadata,
         metadata_path=paths[1] if metadata is not None else "",
     )

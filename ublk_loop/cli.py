@@ -163,15 +163,24 @@ def owner(name: str) -> None:
 
 @click.command("help", short_help="Show help, or that of one type.")
 @click.option("-t", "--type", "kind", type=click.Choice(state.TARGET_TYPES))
+@click.argument("name", metavar="[COMMAND]", default="")
 @click.pass_context
-def show_help(ctx: click.Context, kind: str | None) -> None:
-    """Show help, or the options of one type of device.
+def show_help(ctx: click.Context, kind: str | None, name: str) -> None:
+    """Show help, or that of a command, or the options of one type of device.
 
     \b
-    Example:
+    Examples:
+      ublk help add
       ublk help -t loop
     """
     assert ctx.parent is not None
+    if name:
+        command = cli.get_command(ctx, name)
+        if command is None:
+            raise click.UsageError(f"no such command: {name!r}")
+        with click.Context(command, parent=ctx.parent, info_name=name) as sub_context:
+            click.echo(sub_context.get_help())
+        return
     if kind is None:
         click.echo(ctx.parent.get_help())
         return

@@ -37,12 +37,17 @@ _THEIR_WORDS = {
     "-s": "--size",
     "--htlb": "--shmem",
     "--rdonly_shmem_buf": "--shmem_read_only",
+    "--queue": "--queues",
+    "--io_buf_size": "--max_io_buf_bytes",
+    "--logical_block_size": "--sector_size",
 }
 # How those servers work, or end, inside, and what they print. Nothing of it is to be chosen here.
 _NO_WORDS_HERE = {
     *("--no_ublk_fixed_fd", "--per_io_tasks", "--rotate_auto_buf", "--quiet"),
     *("--quiesce", "--clean_teardown", "--abandon_ring", "-S"),
+    *("--async_await", "--multi_cpus_affinity", "--mlock"),
 }
+_OTHER_TYPES = {"fault_inject": "null"}  # kublk's
 TYPE_HELP = {
     "loop": """Serves a regular file or a block device.
 
@@ -77,6 +82,8 @@ Example:
 
 \b
   --size SIZE          the device's size; default: 250G
+  --sector_size BYTES  the logical block size; default: 512
+  -R, --read_only      a read-only device
   --delay_us US        how long each request takes, as on a slow disk; default: 0
 
 \b
@@ -104,6 +111,15 @@ class PollTime(click.ParamType[int | None]):
         return click.IntRange(0, state.MAX_POLL_US).convert(value, param, ctx)
 
 
+class BufSize(click.ParamType[int]):
+    """Bytes, with a suffix if there is one: 65536, 64K, 1MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        return click.IntRange(PAGE_BYTES, 32 << 20).convert(parse_bytes(str(value)), param, ctx)
+
+
 def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
     """Return bytes, of a number with an optional suffix as losetup takes it: 4096, 4K, 10MiB, 1GB.
 
@@ -129,29 +145,55 @@ def parse_bytes(text: str) -> int:
 
 
 class _Add(click.Command):
-    """``ublk add``, which takes the words of two other servers.
+    """``ublk add``, which takes the words of three other servers.
 
     ``-u`` and ``-g`` have a value in the reference server's words, and none in kublk's, the
-    kernel's test server. Its ``fault_inject`` is our ``null``.
+    kernel's test server. rublk has the type as the first word, and short options of its own.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args == ["help"]:
+            args = ["--help"]
+        elif args and args[0][:1] != "-" and not {"-t", "--type"} & {*args}:
+            args = ["-t", args[0], *_of_rublk(args[1:])]
         return super().parse_args(ctx, [*_in_our_words(args)])
+
+
+def _of_rublk(args: list[str]) -> Iterator[str]:
+    # Where a value follows, -r and -o are the reference server's.
+    flags = {"-p": "--unprivileged", "-b": "--max_io_buf_bytes", "-a": "--async_await"}
+    for arg, next_arg in zip(args, [*args[1:], ""], strict=False):
+        if arg == "-o" and not next_arg.isdigit():
+            yield "--read_only"
+        elif arg in ("-r", "--user_recovery", "--user-recovery") and next_arg not in ("0", "1"):
+            yield "--user_recovery=1"
+        else:
+            yield flags.get(arg, arg)
 
 
 def _in_our_words(args: list[str]) -> Iterator[str]:
     meaningless = {*_NO_WORDS_HERE, *(["--shmem_zc"] if "--htlb" in args else [])}
-    for last_arg, arg, next_arg in zip(["", *args[:-1]], args, [*args[1:], ""], strict=True):
+    for last_arg, arg, next_arg in zip(["", *args], args, [*args[1:], ""], strict=False):
         has_value = next_arg in ("0", "1")
-        word = "--" + arg[2:].replace("-", "_") if arg.startswith("--") else arg
+        name, *value = arg.split("=", 1) if arg.startswith("--") else [arg]
+        word = "--" + name[2:].replace("-", "_") if arg.startswith("--") else arg
         if arg == "-u" and not has_value:
             yield "--usercopy"
         elif arg == "-g" and not has_value:
             yield "--need_get_data=1"
-        elif arg == "fault_inject" and last_arg in ("-t", "--type"):
-            yield "null"
+        elif last_arg in ("-t", "--type"):
+            yield _type_of(arg)
         elif word not in meaningless:
-            yield _THEIR_WORDS.get(word, arg)
+            yield "=".join([_THEIR_WORDS.get(word, name), *value])
+
+
+def _type_of(word: str) -> str:
+    # Said before anything else: the options of a type that is not here are none of ours either.
+    kind = _OTHER_TYPES.get(word, word)
+    if kind not in state.TARGET_TYPES:
+        here = ", ".join(state.TARGET_TYPES)
+        raise click.UsageError(f"there is no target {kind!r} here, but these: {here}")
+    return kind
 
 
 @click.command(cls=_Add, short_help="Add a device and serve it.")
@@ -246,11 +288,11 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
 @click.option("--unprivileged", is_flag=True, help="A device that a plain user owns.")
 @click.option(
     "--max_io_buf_bytes",
-    metavar="BYTES",
-    type=click.IntRange(PAGE_BYTES, 32 << 20),
+    metavar="SIZE",
+    type=BufSize(),
     default=512 * 1024,
     show_default=True,
-    help="The largest request, in bytes.",
+    help="The largest request.",
 )
 @click.option(
     "--io_desc_size",
@@ -317,7 +359,7 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
 @click.option(
     "-o", "--offset", type=click.IntRange(0), metavar="SECTORS", help="loop: where to begin."
 )
-@click.option("-R", "--read_only", is_flag=True, help="loop: a read-only device.")
+@click.option("-R", "--read_only", is_flag=True, help="loop, null: a read-only device.")
 @click.option("--size", "nr_bytes", callback=parse_size, metavar="SIZE", help="The device's size.")
 @click.option(
     "--sizelimit",
@@ -330,7 +372,7 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
     "--sector_size",
     "logical_bs",
     type=click.Choice(["512", "1024", "2048", "4096"]),
-    help="loop: the logical block size.",
+    help="loop, null: the logical block size.",
 )
 @click.option(
     "--metadata_size",
@@ -363,7 +405,8 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
 def add(**given: Any) -> None:
     """Add a device and serve it; return when it is live, and print it.
 
-    FILES are another way to write -f FILE, as the kernel's own test server takes them.
+    FILES are another way to write -f FILE, as the kernel's own test server takes them. The type may
+    be the first word, without -t, as rublk has it; then -r, -o, -b, -p and -a are its own.
 
     \b
     Examples:

@@ -60,7 +60,7 @@ def fail(text: str) -> NoReturn:
 
 
 @click.group(cls=_Commands, context_settings=CONTEXT)
-@click.version_option(__version__, "-v", "--version", message="ublk-loop %(version)s")
+@click.version_option(__version__, "-v", "-V", "--version", message="ublk-loop %(version)s")
 def cli() -> None:
     """Serve files as block devices through the kernel's ublk driver.
 

@@ -215,9 +215,14 @@ def _build_loop_target(spec: TargetSpec, recovers: int | None) -> LoopTarget:
 
 
 def _build_null_target(spec: TargetSpec) -> NullTarget:
-    from .target import NullTarget
+    from .target import SECTOR_BYTES, NullTarget
 
-    return NullTarget(_needed_size(spec), delay_us=spec.delay_us)
+    return NullTarget(
+        _needed_size(spec),
+        delay_us=spec.delay_us,
+        logical_bs=spec.logical_bs or SECTOR_BYTES,
+        read_only=spec.read_only,
+    )
 
 
 def _needed_size(spec: TargetSpec) -> int:

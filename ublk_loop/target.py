@@ -246,20 +246,38 @@ class NullTarget(Target):
 
     :param size: bytes, a positive multiple of 512.
     :param delay_us: how long each request takes; 0: it is completed at once.
+    :param logical_bs: 512 to 4096.
     """
 
     name = "null"
 
-    def __init__(self, size: int = 250 << 30, *, delay_us: int = 0) -> None:
-        _check_size(size, self.logical_bs)
+    def __init__(
+        self,
+        size: int = 250 << 30,
+        *,
+        delay_us: int = 0,
+        logical_bs: int = SECTOR_BYTES,
+        read_only: bool = False,
+    ) -> None:
+        _check_bs(logical_bs)
+        _check_size(size, logical_bs)
         if delay_us < 0:
             raise ValueError(f"delay {delay_us} is negative")
         self.size = size
+        self.logical_bs = logical_bs
+        self.read_only = read_only
         self._delay_us = delay_us
 
     has_volatile_cache = False
-    can_discard = True
-    can_write_zeroes = True
+
+    @property
+    def can_discard(self) -> bool:
+        return not self.read_only
+
+    @property
+    def can_write_zeroes(self) -> bool:
+        return not self.read_only
+
     # With a client's own pages, those of a disk with narrow limits, as kublk's null device has
     # them: what such a disk asks of clients is measured and tested so.
     page_alignment = PAGE_BYTES
@@ -346,8 +364,8 @@ class LoopTarget(Target):
         logical_bs: int | None = None,
         recovers: int | None = None,
     ) -> None:
-        if logical_bs not in (None, 512, 1024, 2048, 4096):
-            raise ValueError(f"block size {logical_bs} is none of 512, 1024, 2048, 4096")
+        if logical_bs is not None:
+            _check_bs(logical_bs)
         if offset_bytes < 0 or offset_bytes % SECTOR_BYTES:
             raise ValueError(f"offset {offset_bytes} is not a multiple of {SECTOR_BYTES} bytes")
         self.path = os.path.realpath(path)
@@ -670,6 +688,11 @@ def check_policy(policy: str) -> None:
     """Raise ValueError if ``policy`` is none of POLICIES."""
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+
+
+def _check_bs(logical_bs: int) -> None:
+    if logical_bs not in (512, 1024, 2048, 4096):
+        raise ValueError(f"block size {logical_bs} is none of 512, 1024, 2048, 4096")
 
 
 def _check_size(size: int, logical_bs: int) -> None:

@@ -79,6 +79,69 @@ def test_add_takes_words_that_say_how_other_servers_work_inside(requests: list[R
     assert requests[0] == requests[1]
 
 
+def test_add_takes_the_words_of_rublk(requests: list[Request]) -> None:
+    for line in (
+        "loop -n 2 -q 2 -d 64 -f /srv/d.img -r -o -a -b 1MiB -u --logical-block-size 4096 --mlock",
+        "-t loop -n 2 -q 2 -d 64 -f /srv/d.img -r 1 -R --max_io_buf_bytes 1048576 --usercopy"
+        " --sector_size 4096",
+        "loop --number=2 --queue=2 --depth=64 --file=/srv/d.img --user-recovery --read-only"
+        " --io-buf-size=1048576 --user-copy --logical-block-size=4096 --multi-cpus-affinity",
+    ):
+        assert ublk("add", *line.split()).exit_code == 0, line
+    (request,) = set(requests)
+    assert (request.dev_id, request.options.nr_hw_queues, request.options.queue_depth) == (2, 2, 64)
+    assert (request.options.max_io_buf_bytes, request.options.data) == (1 << 20, "usercopy")
+    assert request.options.flags == uapi.UBLK_F_USER_RECOVERY
+    assert (request.spec.read_only, request.spec.logical_bs) == (True, 4096)
+
+
+def test_add_of_null_takes_a_block_size_and_is_read_only_if_asked(requests: list[Request]) -> None:
+    assert ublk("add", "null", "--logical-block-size", "4096", "--read-only", "-p").exit_code == 0
+    (request,) = requests
+    assert (request.spec.type, request.spec.logical_bs, request.spec.read_only) == (
+        *("null", 4096, True),
+    )
+    assert request.options.flags == uapi.UBLK_F_UNPRIVILEGED_DEV
+
+
+def test_short_options_of_rublk_are_not_those_of_the_reference_server(
+    requests: list[Request],
+) -> None:
+    assert ublk(*["add", "loop", "-f", "/srv/d.img", "-r", "0", "-o", "8"]).exit_code == 0
+    (request,) = requests
+    assert (request.options.flags, request.spec.offset_bytes) == (0, 4096)
+    assert not request.spec.read_only
+    for line in (
+        "-t loop -f /srv/d.img -o",
+        "-t loop -f /srv/d.img -r",
+        "-t null -p",
+        "-t null -a",
+    ):
+        assert ublk("add", *line.split()).exit_code == 2, line
+
+
+@pytest.mark.parametrize(
+    "line", ["qcow2 -f x.qcow2", "zoned --zone-size 4", "-t nbd --host 127.0.0.1", "disk.img"]
+)
+def test_add_of_a_target_that_is_not_here_says_so_in_one_line(
+    requests: list[Request], line: str
+) -> None:
+    result = ublk("add", *line.split())
+    assert (result.exit_code, result.stdout, requests) == (2, "", [])
+    (error,) = result.stderr.splitlines()
+    kind = line.replace("-t ", "").split()[0]
+    assert error == f"Error: there is no target {kind!r} here, but these: loop, null, ram, stripe"
+
+
+@pytest.mark.parametrize("words", [["add"], ["add", "loop"], ["add", "null", "-t"]])
+def test_add_without_what_it_needs_is_wrong_usage(
+    requests: list[Request], words: list[str]
+) -> None:
+    result = ublk(*words)
+    assert (result.exit_code, requests) == (2, [])
+    assert "zip" not in result.stderr
+
+
 def test_add_gives_each_queue_so_many_threads(requests: list[Request]) -> None:
     assert ublk(*["add", "-t", "null", "-q", "2", "-T", "4"]).exit_code == 0
     assert ublk(*["add", "-t", "null", "-q", "2", "--nthreads", "3"]).exit_code == 0

@@ -99,6 +99,13 @@ def test_help_shows_every_command() -> None:
         assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
 
 
+def test_help_of_a_command_is_what_the_command_says_of_itself() -> None:
+    for name in COMMANDS:
+        assert ublk("help", name).stdout == ublk(name, "--help").stdout
+    assert ublk("add", "help").stdout == ublk("add", "--help").stdout
+    assert ublk("help", "nothing").exit_code == 2
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_each_command_has_an_example(name: str) -> None:
     result = ublk(name, "--help")

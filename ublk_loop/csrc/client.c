@@ -45,7 +45,7 @@ static const char *const commands[] = {
 };
 /* These need a process of their own, or a terminal. */
 static const char *const not_with[] = { "--foreground", "--lazy", "-h",
-					"--help" };
+					"--help", "help" };
 
 static bool is_one_of(const char *word, const char *const *list, size_t nr)
 {
