@@ -61,7 +61,9 @@ def add_words(words: Iterable[str], environment: Mapping[str, str] = os.environ)
     # There a device has the recovery that it was asked for: else it is DEAD after its server.
     if environment.get("UBLK_LOOP_DEL_FORCE") != "1" or any(w.startswith(asked) for w in words):
         return words
-    return ("--recovery", "none", *words)
+    # The first word may be the type, as rublk has it.
+    nr_first = int(bool(words) and not words[0].startswith("-"))
+    return (*words[:nr_first], "--recovery", "none", *words[nr_first:])
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ def test_tables_are_read_as_the_words_of_ublk_add() -> None:
         ("[device.1048576]\ntype = 'null'", "highest"),
         ("[device]\n0 = 'null'", "device.0 is not a table"),
         ("[device.0]\nfile = '/d.img'", "device.0: Missing option"),
-        ("[device.0]\ntype = 'null'\nqueue = 2", "device.0: No such option"),
+        ("[device.0]\ntype = 'null'\nqueus = 2", "device.0: No such option"),
         ("[device.0]\ntype = 'null'\nqueues = 0", "device.0: Invalid value for '-q'"),
         ("[device.0]\ntype = 'null'\nnumber = 1", "device.0: 'number' is not an option"),
         ("[device.0]\ntype = 'null'\nforeground = true", "'foreground' is not an option"),

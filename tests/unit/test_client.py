@@ -49,5 +49,6 @@ def test_add_has_the_recovery_that_scripts_for_other_servers_ask_for() -> None:
     assert client.add_words(plain, {}) == plain
     assert client.add_words(plain, {"UBLK_LOOP_DEL_FORCE": "0"}) == plain
     assert client.add_words(plain, ruthless) == ("--recovery", "none", *plain)
+    assert client.add_words(plain[1:], ruthless) == (plain[1], "--recovery", "none", *plain[2:])
     for words in (("-r", "1"), ("-i1",), ("--user-recovery=1",), ("--recovery", "reissue")):
         assert client.add_words((*plain, *words), ruthless) == (*plain, *words)
