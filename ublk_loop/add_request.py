@@ -175,6 +175,8 @@ def _target_spec(given: dict[str, Any], cwd: str) -> TargetSpec:
     if kind in ("null", "ram"):
         if kind == "ram" and nr_bytes is None:
             raise click.UsageError("-t ram needs --size")
+        if (nr_bytes or 0) % (logical_bs or uapi.SECTOR_BYTES):
+            raise click.UsageError(f"--size {nr_bytes} is not a multiple of --sector_size")
         if given["delay_us"] and metadata is not None:
             raise click.UsageError("--delay_us and --metadata_size exclude each other")
         return TargetSpec(

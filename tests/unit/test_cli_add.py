@@ -298,6 +298,7 @@ def test_add_of_null_without_a_size_has_the_reference_servers(requests: list[Req
         "add -t null -r 1 --recovery reissue",
         "add -t null -i 1 --recovery_deadline 5",
         "add -t null --recovery none --recovery_deadline 5",
+        "add -t null --size 2048 --sector_size 4096",
         "add -t null --recovery_deadline 0",
         "add -t ram --size 64M --recovery reissue",
         "add -t null -r yes",
