@@ -20,6 +20,7 @@ PAGE = mmap.PAGESIZE
 REGION = 2 * MIB
 # Small writes that on any machine take longer than the split of a region is thought to take.
 NR_WRITES = 3000
+LARGE = 256 * KIB  # what a region that was not split has written by the ring
 NR_PLACES = 100  # of a page, in a region, with room between them
 COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 
@@ -61,6 +62,34 @@ def test_region_that_is_written_a_little_at_a_time_gets_small_folios_and_keeps_i
     assert _nr_pages_in_large_folios(path, 0, REGION - 64 * KIB) <= 16
     if has_large:
         assert _nr_pages_in_large_folios(path, REGION, REGION) > 0
+
+
+def test_large_writes_to_a_split_region_go_by_the_mapping_and_keep_their_bytes(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    """They were written page by page, at twice the cost of a region that was never split."""
+    path = backing_file(3 * REGION, pattern(3 * REGION), folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    model = bytearray(pattern(3 * REGION))
+    with open_block(dev.block_path) as client:
+
+        def write(at: int, nr_bytes: int, seed: int) -> None:
+            model[at : at + nr_bytes] = pattern(nr_bytes, seed=seed)
+            assert client.write(at, pattern(nr_bytes, seed=seed)) == nr_bytes
+
+        for turn in range(NR_WRITES):
+            write(turn % 500 * PAGE, PAGE, turn)
+        before = dev.hctxs[0].stats()
+        for turn, at in enumerate((0, 4 * PAGE, REGION - LARGE)):
+            write(at, LARGE, turn)
+        inside = dev.hctxs[0].stats()
+        write(REGION - LARGE // 2, LARGE, 7)  # the next region was not split
+        write(2 * REGION - PAGE, LARGE, 8)
+        client.flush()
+        assert client.read(0, 3 * REGION) == model
+        assert dev.hctxs[0].stats().nr_errors == 0
+    assert inside.nr_inline - before.nr_inline == inside.nr_writes - before.nr_writes
+    assert path.read_bytes() == model
 
 
 @pytest.fixture

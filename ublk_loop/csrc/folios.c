@@ -25,7 +25,8 @@
  * Once they are small, a write by the mapping costs no more than a write call the
  * first time, when the file system is told of the page, and a fifth of it from
  * then on, until the page is written back (3.5k, 0.5k and 2.8k; the first time in a
- * large folio 76k).  So a split region is written so.
+ * large folio 76k).  So a split region is written so, by large writes too: page by
+ * page a write call of 1 MiB costs 1.7 times what it does in large folios.
  *
  * khugepaged would put them together again, as it does with the pages of any
  * mapping (where transparent huge pages are `always`): each of our writes then
@@ -64,9 +65,6 @@
 
 /* Larger calls lose little. */
 #define SMALL_BYTES	(32 * 1024)
-
-/* Of a larger write, the first time of each page would count. */
-#define MAPPED_BYTES	(8 * 1024)
 
 /* One page of each folio of this size or more; what is smaller may stay. */
 #define STEP_BYTES	(64 * 1024)
@@ -193,10 +191,14 @@ bool ul_folios_take_mapped(struct ul_folios *f, uint64_t offset_bytes,
 			   uint64_t nr_bytes)
 {
 	struct folios_region *region = folios_region(f, offset_bytes);
+	struct folios_region *last =
+		&f->regions[folios_index(f, offset_bytes + nr_bytes - 1)];
 	unsigned int nr =
 		atomic_load_explicit(&region->nr_mapped, memory_order_relaxed);
 
-	if (nr_bytes > MAPPED_BYTES || !nr)
+	/* A write is no larger than a region. */
+	if (!nr ||
+	    !atomic_load_explicit(&last->nr_mapped, memory_order_relaxed))
 		return false;
 	if (nr == AGAIN)
 		region_begin_anew(region);
