@@ -98,6 +98,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--memory", type=memory_mib, default=2048, metavar="M", help="as 512M or 4G (default: 2G)")
     add("--timeout", type=seconds, default=3600.0, metavar="S", help="0: none (default: 3600)")
     add("--icount", action="store_true", help="one processor, 1 instruction = 1 ns: repeatable")
+    add("--one-thread", action="store_true",
+        help="emulate all processors in turn, on one of ours: for guests side by side")  # fmt: skip
     add("--disk", type=disk, action="append", default=[], metavar="FILE", help="as /dev/vda, ...")
     add("--shared", type=directory, action="append", default=[], metavar="DIR",
         help="what the guest writes there is written here")  # fmt: skip
@@ -320,6 +322,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory_mib=arguments.memory,
         kvm=not arguments.icount and kvm_works(kernel),
         icount=arguments.icount,
+        one_thread=arguments.one_thread,
         disks=tuple(arguments.disk),
         shared=tuple(arguments.shared),
     )

@@ -6,6 +6,7 @@ cut short, interrupted or refused at will.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -74,7 +75,8 @@ class FuseFile:
             except OSError as error:
                 code, payload = error.errno or errno.EIO, b""
             length = OUT_HEADER.size + len(payload)
-            os.write(self._fd, OUT_HEADER.pack(length, -code, unique) + payload)
+            with contextlib.suppress(FileNotFoundError):  # whoever asked no longer waits
+                os.write(self._fd, OUT_HEADER.pack(length, -code, unique) + payload)
 
     def _answer(self, opcode: int, body: bytes) -> bytes:
         if opcode == INIT:

@@ -77,12 +77,16 @@ MAX_DISKS = 16
 
 @dataclass(frozen=True)
 class Machine:
-    """The guest's hardware; `disks` become /dev/vda and on, `shared` are writable directories."""
+    """The guest's hardware; `disks` become /dev/vda and on, `shared` are writable directories.
+
+    `one_thread`: where they are emulated, one thread of ours runs all processors in turn.
+    """
 
     cpus: int = 2
     memory_mib: int = 2048
     kvm: bool = False
     icount: bool = False
+    one_thread: bool = False
     disks: tuple[Path, ...] = ()
     shared: tuple[Path, ...] = ()
 
@@ -244,7 +248,8 @@ def processor(machine: Machine) -> list[str]:
         return [*smp, *accel, "-cpu", TCG_CPU]
     if machine.kvm:
         return [*smp, "-accel", "kvm", "-cpu", "host"]
-    return [*smp, "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", TCG_CPU]
+    thread = "single" if machine.one_thread else "multi"
+    return [*smp, "-accel", f"tcg,thread={thread},tb-size=1024", "-cpu", TCG_CPU]
 
 
 def comma(value: str) -> str:
