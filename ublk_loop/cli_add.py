@@ -516,12 +516,8 @@ def _serve_here(request: Request, as_json: bool) -> None:
         if warning:
             warn(warning)
 
-    dev_id_fd, told_fd = os.pipe2(os.O_CLOEXEC)
-    helper = scheduler.set_apart(lambda: int(os.read(dev_id_fd, 16)), keep=[dev_id_fd])
-
     def on_live(dev_id: int, text: str) -> None:
-        os.write(told_fd, b"%d" % dev_id)
-        scheduler.wait_for(helper)
+        scheduler.wait_for(scheduler.set_apart(dev_id))
         click.echo(text, nl=False)
         sys.stdout.flush()
 

@@ -287,7 +287,7 @@ class Adding:
         # Before the reply: while the kernel changes it, new requests wait until all in flight are
         # over, and a client's may be held up by the backing.
         launch = self._launch
-        helper = scheduler.set_apart(lambda: launch.dev_id)
+        helper = scheduler.set_apart(launch.dev_id)
         self._timer = self._loop.call_later(scheduler.WAIT_S, self._answer)
 
         def ended() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,8 @@ class _Owner:
         )
 
     def ask(self, _: object) -> tuple[process.ServerProcess, int]:
-        return process.fork(lambda: 0), os.open("/dev/null", os.O_RDONLY)
+        self.reader = process.fork(lambda: 0)
+        return self.reader, os.open("/dev/null", os.O_RDONLY)
 
     def take(self, _: object) -> Any:
         return self.launch
@@ -64,16 +66,19 @@ class _Owner:
         self.loop.stop()
 
 
-def test_add_answers_though_the_scheduler_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_answers_though_the_scheduler_cannot_be_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     children: list[process.ServerProcess] = []
-    fork = process.fork
+    set_apart = scheduler.set_apart
 
-    def fork_and_note(*words: Any, **options: Any) -> process.ServerProcess:
-        children.append(fork(*words, **options))
+    def set_apart_and_note(dev_id: int) -> process.ServerProcess:
+        children.append(set_apart(dev_id))
         return children[-1]
 
-    monkeypatch.setattr(process, "fork", fork_and_note)
-    monkeypatch.setattr(scheduler, "set_scheduler", lambda _: signal.pause())
+    os.mkfifo(tmp_path / "scheduler")
+    monkeypatch.setattr(scheduler, "_PATH", str(tmp_path / "scheduler"))
+    monkeypatch.setattr(scheduler, "set_apart", set_apart_and_note)
     monkeypatch.setattr(scheduler, "WAIT_S", 0.0)
     replies: list[protocol.Reply] = []
     loop = events.Loop()
@@ -82,8 +87,9 @@ def test_add_answers_though_the_scheduler_cannot_be_set(monkeypatch: pytest.Monk
     Adding(owner, request, replies.append)
     loop.run()
     assert [reply.out for reply in replies] == ["it is live"]
-    assert not children[-1].wait(0)  # it still tries
-    children[-1].send(signal.SIGKILL)
-    for child in children:
-        let_go(loop, child)
+    [child] = children
+    assert not child.wait(0)  # it still tries
+    child.send(signal.SIGKILL)
+    for each in (child, owner.reader):
+        let_go(loop, each)
     loop.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from collections.abc import Callable
@@ -16,63 +15,50 @@ from ublk_loop import cli, scheduler, server, state
 from ublk_loop.process import ServerProcess
 
 
-class _Scheduler:
-    """The file in sysfs; the first writes fail."""
-
-    def __init__(self, *errnos: int) -> None:
-        self.text = "none [mq-deadline]"
-        self._errnos = list(errnos)
-
-    def read_text(self) -> str:
-        return self.text
-
-    def write_text(self, name: str) -> None:
-        if self._errnos:
-            raise OSError(self._errnos.pop(0), "write")
-        self.text = f"[{name}] mq-deadline"
-
-
-def _set(monkeypatch: pytest.MonkeyPatch, *errnos: int) -> str:
-    file = _Scheduler(*errnos)
-
-    def open_path(path: str) -> Any:
-        assert path == "/sys/block/ublkb3/queue/scheduler"
-        return file
-
-    monkeypatch.setattr(scheduler, "Path", open_path)
-    scheduler.set_scheduler(3)
-    return file.text
-
-
-def test_scheduler_is_set_once_the_kernel_is_no_longer_busy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert _set(monkeypatch, errno.EBUSY, errno.EBUSY) == "[none] mq-deadline"
-
-
-def test_scheduler_is_left_alone_when_we_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _set(monkeypatch, errno.EACCES) == "none [mq-deadline]"
-
-
 @pytest.fixture
-def helpers(monkeypatch: pytest.MonkeyPatch) -> list[ServerProcess]:
-    """The processes that set a scheduler, which they never get done."""
-    forked: list[ServerProcess] = []
-    set_apart = scheduler.set_apart
+def sysfs_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the scheduler of device 3 stands."""
+    monkeypatch.setattr(scheduler, "_PATH", f"{tmp_path}/ublkb{{}}")
+    return tmp_path / "ublkb3"
 
-    def set_apart_and_note(*words: Any, **options: Any) -> ServerProcess:
-        forked.append(set_apart(*words, **options))
-        return forked[-1]
 
-    monkeypatch.setattr(scheduler, "set_apart", set_apart_and_note)
-    monkeypatch.setattr(scheduler, "set_scheduler", lambda _: signal.pause())
-    monkeypatch.setattr(scheduler, "WAIT_S", 0.0)
-    return forked
+def test_scheduler_is_set_once_the_kernel_is_no_longer_busy(sysfs_file: Path) -> None:
+    sysfs_file.mkdir()  # what cannot be written
+
+    def end_of_busy() -> None:
+        sysfs_file.rmdir()
+        sysfs_file.with_name("new").write_text("none [mq-deadline]\n")
+        sysfs_file.with_name("new").rename(sysfs_file)
+
+    helper = scheduler.set_apart(3)
+    assert not helper.wait(0.1)
+    # Replaced under a try it may be missing for a moment, which ends the try.
+    os.kill(helper.pid, signal.SIGSTOP)
+    end_of_busy()
+    os.kill(helper.pid, signal.SIGCONT)
+    assert helper.wait(10)
+    os.waitpid(helper.pid, 0)
+    helper.close()
+    assert sysfs_file.read_text() == "none\n"
+
+
+def test_scheduler_that_is_set_is_not_written(sysfs_file: Path) -> None:
+    sysfs_file.write_text("[none] mq-deadline\n")
+    scheduler.set_scheduler(3)
+    scheduler.wait_for(scheduler.set_apart(3))
+    assert sysfs_file.read_text() == "[none] mq-deadline\n"
+
+
+def test_scheduler_of_a_device_that_is_gone_is_given_up_at_once(sysfs_file: Path) -> None:
+    helper = scheduler.set_apart(3)
+    assert helper.wait(2)
+    assert os.waitpid(helper.pid, 0)[1] != 0
+    helper.close()
 
 
 @pytest.mark.parametrize("options", [[], ["--foreground"]], ids=["server", "foreground"])
 def test_add_without_a_daemon_ends_though_the_scheduler_cannot_be_set(
-    helpers: list[ServerProcess],
+    sysfs_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     wait_until: Callable[..., None],
@@ -84,6 +70,16 @@ def test_add_without_a_daemon_ends_though_the_scheduler_cannot_be_set(
         on_added(3, 0, "")
         on_live(3, "it is live")
 
+    os.mkfifo(sysfs_file)  # whose reader waits for ever
+    helpers: list[ServerProcess] = []
+    set_apart = scheduler.set_apart
+
+    def set_apart_and_note(dev_id: int) -> ServerProcess:
+        helpers.append(set_apart(dev_id))
+        return helpers[-1]
+
+    monkeypatch.setattr(scheduler, "set_apart", set_apart_and_note)
+    monkeypatch.setattr(scheduler, "WAIT_S", 0.0)
     monkeypatch.setattr(server, "serve", serve)
     monkeypatch.setenv("UBLK_LOOP_DAEMON", "0")
     monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path))
