@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from . import state, uapi
 from .control import Control, DevInfo
-from .errors import BackingFileError, DriverError
+from .errors import DriverError
 from .hctx import HardwareContext
 from .iothread import IoThread
 from .params import Params, params_for
 from .scheduler import set_scheduler
 from .shmem import MAX_FILES, SharedMemory
-from .state import DATA_FLAGS, SharedFile
+from .state import DATA_FLAGS
 from .target import LoopTarget, NativeTarget, NullTarget, Target, check_policy
 from .workqueue import Workqueue
 
@@ -83,13 +83,14 @@ _Started = TypeVar("_Started")
 class Device:
     """A device that this process serves. Use :meth:`add` or :meth:`recover`.
 
-    These take ``target`` over: it is closed with the device, or by their failure.
+    These take ``target`` over, and ``shared``: they are closed with the device, or by a failure.
     """
 
     def __init__(
         self,
         control: Control,
         target: Target,
+        shared: Sequence[SharedMemory | None],
         info: DevInfo,
         policy: str,
         poll_us: int | None,
@@ -107,7 +108,7 @@ class Device:
         self._sandbox = sandbox
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
-        self.shared_files: tuple[SharedFile, ...] = ()
+        self._shared = [memory and self._resources.enter_context(memory) for memory in shared]
         # What to tell whoever adds it; empty: nothing.
         self.warning = ""
         self._recovering = False
@@ -133,8 +134,7 @@ class Device:
         policy: str = "auto",
         poll_us: int | None = None,
         nr_threads: int | None = None,
-        shared_files: Sequence[SharedFile] = (),
-        open_shared: Callable[[SharedFile], SharedMemory] = SharedMemory,
+        shared: Sequence[SharedMemory | None] = (),
         timeout_s: float = 30,
         sandbox: Sandbox | None = None,
     ) -> Device:
@@ -155,20 +155,20 @@ class Device:
         :param nr_threads: threads that share the queues; default: one a queue. Of more than queues
             each has some tags of every queue, where the driver can (UBLK_F_PER_IO_DAEMON) and
             ``batch`` is not True; else there is one a queue.
-        :param shared_files: memory of clients; implies UBLK_F_SHMEM_ZC and user copy for the rest.
-        :param open_shared: called with each, in order.
+        :param shared: memory of clients, taken over as ``target`` is; implies UBLK_F_SHMEM_ZC, and
+            user copy for the rest.
         :param sandbox: takes from the I/O threads what they need not; default: they inherit what
             the calling thread may do.
         :raises ValueError: before anything changed.
         :raises DriverError: EEXIST (id taken), EOPNOTSUPP (a flag was not granted), ETIMEDOUT, ...;
             the device is deleted again.
         """
-        with _closed_on_error(target):
+        with _closed_on_error(target, shared):
             check_policy(policy)
             features = control.get_features()
             best_data = target.best_data if policy == "auto" else "copy"
             flags |= _data_flags(data, best_data, flags, features)
-            flags |= _shmem_flags(shared_files, data, target)
+            flags |= _shmem_flags(len(shared), data, target)
             flags |= _integrity_flags(data, flags, target)
             flags |= 0 if io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
             flags |= _quiesce_flag(batch, flags, features)
@@ -192,7 +192,7 @@ class Device:
                     ublksrv_pid=os.getpid(),
                 )
             )
-        device = cls(control, target, info, policy, poll_us, nr_threads, sandbox)
+        device = cls(control, target, shared, info, policy, poll_us, nr_threads, sandbox)
         try:
             missing = flags & ~info.flags & ~uapi.UBLK_F_UNPRIVILEGED_DEV
             if missing:
@@ -205,7 +205,7 @@ class Device:
                 _wait_until_ours(device.char_path, timeout_s)
             device.warning = target.mark(info.dev_id)
             control.set_params(info.dev_id, params)
-            device._prepare(timeout_s, shared_files, open_shared)
+            device._prepare(timeout_s)
         except BaseException:
             device.delete_quietly()
             raise
@@ -221,27 +221,27 @@ class Device:
         policy: str = "auto",
         poll_us: int | None = None,
         nr_threads: int | None = None,
-        shared_files: Sequence[SharedFile] = (),
-        open_shared: Callable[[SharedFile], SharedMemory] = SharedMemory,
+        shared: Sequence[SharedMemory | None] = (),
         timeout_s: float = 30,
         sandbox: Sandbox | None = None,
     ) -> Device:
         """Take over a device whose server is gone; :meth:`start` makes it live again.
 
-        The options are as in :meth:`add`.
+        The options are as in :meth:`add`; of ``shared`` those are None that are gone, whose
+        requests are copied.
 
         :raises DriverError: EBUSY (the old server is not gone), EINVAL (not added with recovery, or
             not waiting for one), ENODEV. The device is left as it was found.
         """
-        with _closed_on_error(target):
+        with _closed_on_error(target, shared):
             check_policy(policy)
             target.mark(dev_id)
             control.start_user_recovery(dev_id, timeout_s=timeout_s)
             info = control.get_dev_info(dev_id)
-        device = cls(control, target, info, policy, poll_us, nr_threads, sandbox)
+        device = cls(control, target, shared, info, policy, poll_us, nr_threads, sandbox)
         device._recovering = True
         try:
-            device._prepare(timeout_s, shared_files, open_shared)
+            device._prepare(timeout_s)
         except BaseException:
             device.close()
             raise
@@ -344,19 +344,14 @@ class Device:
         with contextlib.suppress(OSError):
             self._control.del_dev(self.dev_id)
 
-    def _prepare(
-        self,
-        timeout_s: float,
-        shared_files: Sequence[SharedFile],
-        open_shared: Callable[[SharedFile], SharedMemory],
-    ) -> None:
+    def _prepare(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         cdev_fd = _open_char_device(self.char_path, deadline)
         self._resources.callback(os.close, cdev_fd)
         workqueue = self._confined(self._make_workqueue)
         native = NativeTarget(self.target, self._policy)
         self._resources.callback(native.close)
-        self._share(native, shared_files, open_shared)
+        self._share(native)
         for q_ids, tags in self._q_ids_and_tags_of_threads():
             self._make_thread(cdev_fd, q_ids, tags, native, workqueue)
         # First of all at close: a worker hands a request back before it is done with the hctx and
@@ -432,38 +427,13 @@ class Device:
             self._resources.callback(hctx.close)
             self.hctxs.append(hctx)
 
-    def _share(
-        self,
-        native: NativeTarget,
-        files: Sequence[SharedFile],
-        open_shared: Callable[[SharedFile], SharedMemory],
-    ) -> None:
-        self.shared_files = tuple(
-            self._share_one(native, index, file, open_shared) for index, file in enumerate(files)
-        )
-
-    def _share_one(
-        self,
-        native: NativeTarget,
-        index: int,
-        file: SharedFile,
-        open_shared: Callable[[SharedFile], SharedMemory],
-    ) -> SharedFile:
-        # Returns what the file has to be from now on.
-        try:
-            memory = open_shared(file)
-        except BackingFileError as error:
-            if not self._recovering:
-                raise
-            _log.warning("dev %d: %s: its requests are copied", self.dev_id, error)
-            return file
-        self._resources.callback(memory.close)
-        if not self._recovering:
-            registered = memory.register(self._control, self.dev_id)
-            if registered != index:
+    def _share(self, native: NativeTarget) -> None:
+        for index, memory in enumerate(self._shared):
+            if memory is None:
+                continue
+            if not self._recovering and memory.register(self._control, self.dev_id) != index:
                 raise DriverError(errno.EPROTO, f"REG_BUF dev {self.dev_id}")
-        native.share(index, memory.address, memory.nr_bytes)
-        return memory.file
+            native.share(index, memory.address, memory.nr_bytes)
 
     def _join(self, deadline: float) -> None:
         for thread in self.threads:
@@ -496,10 +466,12 @@ class Device:
 
 
 @contextlib.contextmanager
-def _closed_on_error(target: Target) -> Iterator[None]:
+def _closed_on_error(target: Target, shared: Sequence[SharedMemory | None]) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for memory in filter(None, shared):
+            memory.close()
         target.close()
         raise
 
@@ -521,13 +493,13 @@ def _data_flags(data: str, best: str, flags: int, features: int) -> int:
     return wanted | features & by_pages
 
 
-def _shmem_flags(files: Sequence[SharedFile], data: str, target: Target) -> int:
+def _shmem_flags(nr_shared: int, data: str, target: Target) -> int:
     # What the driver finds in shared memory it does not copy itself; what it does not find, or is
     # not mapped here, is for user copy.
-    if not files:
+    if not nr_shared:
         return 0
     can_share = isinstance(target, LoopTarget | NullTarget)
-    if data == "copy" or not can_share or len(files) > MAX_FILES:
+    if data == "copy" or not can_share or nr_shared > MAX_FILES:
         raise ValueError(
             f"up to {MAX_FILES} files can be shared with a loop or null target,"
             " and not with data mode copy"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from . import listing, log, process, protocol, state, uapi
 from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
 from .sandbox import CAP_FOWNER, Sandbox
-from .state import DeviceOptions, DeviceState, QueueState, SharedFile, TargetSpec
+from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
 
 if TYPE_CHECKING:
     from .control import Control, DevInfo
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .shmem import SharedMemory
     from .target import LoopTarget, NullTarget, Target
 
-    OpenShared = Callable[[SharedFile], SharedMemory]
+    Shared = list[SharedMemory | None]
     Describe = Callable[[DevInfo, Params, DeviceState], Any]
     OnAdded = Callable[[int, int, str], None]
     OnLive = Callable[[int, Any], None]
@@ -121,13 +121,13 @@ def serve(
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(_Events())
         control = stack.enter_context(Control())
+        shared = _open_shared(request)
         target = _wait_for_target(request)
-        open_shared = _open_shared(request)
         process.protect_from_mounts(keep=[state.state_dir()])
         sandbox = Sandbox(keep=_needed_capabilities(request.spec))
         stack.callback(sandbox.close)
         device, known, params = sandbox.run_apart(
-            lambda: _start(control, target, request, sandbox, on_added, open_shared)
+            lambda: _start(control, target, shared, request, sandbox, on_added)
         )
         try:
             if events.stop_requested:
@@ -158,14 +158,14 @@ def _wait_for_target(request: Request) -> Target:
 def _start(
     control: Control,
     target: Target,
+    shared: Shared,
     request: Request,
     sandbox: Sandbox,
     on_added: OnAdded,
-    open_shared: OpenShared,
 ) -> tuple[Device, DeviceState, Params]:
-    device = _make_device(control, target, request, sandbox, open_shared)
+    device = _make_device(control, target, shared, request, sandbox)
     try:
-        known = _state_of(device, request)
+        known = _state_of(device, shared, request)
         warnings = [device.warning, "" if request.recover else _make_way(device.block_path)]
         on_added(known.dev_id, known.sysfs_ino, "; ".join(filter(None, warnings)))
         state.write(known)
@@ -258,33 +258,28 @@ def _needed_capabilities(spec: TargetSpec) -> list[int]:
     return []
 
 
-def _open_shared(request: Request) -> OpenShared:
-    # While the paths can be reached: what is mounted below a disk goes with that. What is wrong
-    # with one is said in its turn.
+def _open_shared(request: Request) -> Shared:
+    # While the paths can be reached: what is mounted below a disk goes with that.
     from .shmem import SharedMemory
 
-    opened: list[SharedMemory | BackingFileError] = []
+    shared: Shared = []
     for file in request.options.shared_files:
         try:
-            opened.append(SharedMemory(file))
+            shared.append(SharedMemory(file))
         except BackingFileError as error:
-            opened.append(error)
-
-    def hand_out(_: SharedFile) -> SharedMemory:
-        found = opened.pop(0)
-        if isinstance(found, BackingFileError):
-            raise found
-        return found
-
-    return hand_out
+            if not request.recover:
+                raise
+            _log.warning("dev %d: %s: its requests are copied", request.dev_id, error)
+            shared.append(None)
+    return shared
 
 
 def _make_device(
     control: Control,
     target: Target,
+    shared: Shared,
     request: Request,
     sandbox: Sandbox,
-    open_shared: OpenShared,
 ) -> Device:
     from .device import SUPPORTED_FLAGS, Device
 
@@ -297,8 +292,7 @@ def _make_device(
             policy=options.policy,
             poll_us=options.poll_us,
             nr_threads=options.nr_threads,
-            shared_files=options.shared_files,
-            open_shared=open_shared,
+            shared=shared,
             timeout_s=ADD_TIMEOUT_S,
             sandbox=sandbox,
         )
@@ -326,14 +320,13 @@ def _make_device(
         policy=options.policy,
         poll_us=options.poll_us,
         nr_threads=options.nr_threads,
-        shared_files=options.shared_files,
-        open_shared=open_shared,
+        shared=shared,
         timeout_s=ADD_TIMEOUT_S,
         sandbox=sandbox,
     )
 
 
-def _state_of(device: Device, request: Request) -> DeviceState:
+def _state_of(device: Device, shared: Shared, request: Request) -> DeviceState:
     target = device.target
     spec = replace(request.spec, nr_bytes=target.size)
     if spec.type in ("loop", "stripe"):
@@ -341,6 +334,7 @@ def _state_of(device: Device, request: Request) -> DeviceState:
         spec = replace(spec, direct=bool(target.describe()["direct_io"]))
     if spec.type == "loop":
         spec = replace(spec, logical_bs=target.logical_bs)
+    files = zip(request.options.shared_files, shared, strict=True)
     info = device.info
     return DeviceState(
         dev_id=device.dev_id,
@@ -353,7 +347,7 @@ def _state_of(device: Device, request: Request) -> DeviceState:
             queue_depth=info.queue_depth,
             max_io_buf_bytes=info.max_io_buf_bytes,
             flags=info.flags,
-            shared_files=device.shared_files,
+            shared_files=tuple(memory.file if memory else file for file, memory in files),
         ),
         spec=spec,
         target=target.describe(),

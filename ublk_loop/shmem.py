@@ -78,5 +78,11 @@ class SharedMemory:
         ffi.release(self._view)  # or the mapping counts as in use
         self._memory.close()
 
+    def __enter__(self) -> SharedMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 __all__ = ["MAX_FILES", "SharedMemory"]

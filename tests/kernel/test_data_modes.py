@@ -125,15 +125,15 @@ def test_requests_in_shared_memory_are_served_from_it(
     device, backing_file, ext4_folder, open_block, pattern, features, shared
 ) -> None:
     shared_path, memory = shared
-    files = [SharedFile(str(shared_path))]
+    file = SharedFile(str(shared_path))
     if not features & uapi.UBLK_F_SHMEM_ZC:
         with pytest.raises(DriverError) as refusal:
-            device(LoopTarget(backing_file(MIB)), shared_files=files)
+            device(LoopTarget(backing_file(MIB)), shared=[SharedMemory(file)])
         assert refusal.value.errno == errno.EOPNOTSUPP
         return
     for folder, direct in ((shared_path.parent, False), (ext4_folder, False), (ext4_folder, True)):
         path = backing_file(MIB, pattern(MIB), folder=folder)
-        dev = device(LoopTarget(path, direct=direct), shared_files=files)
+        dev = device(LoopTarget(path, direct=direct), shared=[SharedMemory(file)])
         with open_block(dev.block_path) as client, memoryview(memory) as view:
             before = dev.hctxs[0].stats()
             with view[64 * KIB : 192 * KIB] as buffer:
@@ -171,11 +171,11 @@ def test_read_only_shared_memory_serves_writes_and_takes_no_reads(
     if not features & uapi.UBLK_F_SHMEM_ZC:
         return  # refused, as above
     shared_path, memory = shared
-    files = [SharedFile(str(shared_path), read_only=True)]
-    null = device(NullTarget(MIB), shared_files=files)
+    file = SharedFile(str(shared_path), read_only=True)
+    null = device(NullTarget(MIB), shared=[SharedMemory(file)])
     with open_block(null.block_path) as client, memoryview(memory) as view:
         assert os.pwritev(client.fd, [view[: 64 * KIB]], 0) == 64 * KIB
-    dev = device(LoopTarget(backing_file(MIB, pattern(MIB))), shared_files=files)
+    dev = device(LoopTarget(backing_file(MIB, pattern(MIB))), shared=[SharedMemory(file)])
     with open_block(dev.block_path) as client, memoryview(memory) as view:
         before = dev.hctxs[0].stats()
         with view[: 64 * KIB] as buffer:
@@ -194,7 +194,7 @@ def test_a_file_on_a_disk_or_of_an_odd_size_is_not_shared(
     on_disk = backing_file(MIB, folder=ext4_folder)
     if features & uapi.UBLK_F_SHMEM_ZC:
         with pytest.raises(DriverError) as refusal:
-            device(LoopTarget(backing_file(MIB)), shared_files=[SharedFile(str(on_disk))])
+            device(LoopTarget(backing_file(MIB)), shared=[SharedMemory(SharedFile(str(on_disk)))])
         assert refusal.value.errno == errno.EFAULT
     with pytest.raises(BackingFileError) as odd_size:
         SharedMemory(SharedFile(str(odd)))
