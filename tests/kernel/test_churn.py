@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from daemons import Daemon
+from proc_files import memory_kib
 from udev import PROBE_RULES, running_udev
 
 from ublk_loop import manage
@@ -100,8 +101,7 @@ class Churn:
 
 def _size(pid: int) -> tuple[int, int]:
     """How many descriptors a process has, and KiB of its own."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    private = sum(kib for name, kib in memory_kib(pid).items() if name.startswith("Private_"))
     return len(os.listdir(f"/proc/{pid}/fd")), private
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from commands import UBLK
 from daemons import Daemon
+from proc_files import memory_kib
 
 from ublk_loop import client, manage, paths, uapi
 from ublk_loop.control import Control, list_dev_ids
@@ -240,9 +241,9 @@ def test_idle_device_costs_little_memory_and_the_daemon_does_not_wake_up(
     added = [daemon.add("-t null -d 128") for _ in range(NR_DEVICES)]
     added_s = time.monotonic() - began
     daemon_pid = daemon.pid
-    servers = [_memory_kib(device["server_pid"]) for device in added]
+    servers = [memory_kib(device["server_pid"]) for device in added]
     pss_kib = [memory["Pss"] for memory in servers]
-    with_daemon_kib = (sum(pss_kib) + _memory_kib(daemon_pid)["Pss"]) / NR_DEVICES
+    with_daemon_kib = (sum(pss_kib) + memory_kib(daemon_pid)["Pss"]) / NR_DEVICES
     print(f"{NR_DEVICES} devices added in {added_s:.1f} s; PSS of a server {min(pss_kib)} to")
     print(f"{max(pss_kib)} KiB, on average {with_daemon_kib:.0f} with its share of the daemon")
     assert max(map(_pss_kib_among_many, servers)) <= MAX_PSS_KIB
@@ -258,11 +259,6 @@ def test_idle_device_costs_little_memory_and_the_daemon_does_not_wake_up(
         manage.delete(device["dev_id"])
     wait_until(lambda: daemon.status()["devices"] == [], timeout_s=30)
     print(f"all deleted in {time.monotonic() - began:.1f} s")
-
-
-def _memory_kib(pid: int) -> dict[str, int]:
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return {name: int(kib) for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", rollup, re.M)}
 
 
 def _pss_kib_among_many(memory: dict[str, int]) -> float:

@@ -5,16 +5,15 @@ A backing whose flushes can be counted: a second device below the first, served 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from proc_files import nr_sleeping_on_disk
 
 from ublk_loop.target import LoopTarget, RamTarget
 
@@ -174,7 +173,6 @@ def test_flush_that_is_done_at_once_waits_for_a_disk_that_stands_still_and_other
     Path(queue, "write_cache").write_text("write through")
     dev = device(LoopTarget(suspendable, direct=False))
     other = device(LoopTarget(backing_file(MIB, pattern(MIB))))
-    client_tids: list[int] = []
     with (
         open_block(dev.block_path) as client,
         open_block(other.block_path) as other_client,
@@ -185,23 +183,14 @@ def test_flush_that_is_done_at_once_waits_for_a_disk_that_stands_still_and_other
         wait_until(lambda: flush_is_inline(dev, client))
 
         def write() -> None:
-            client_tids.append(threading.get_native_id())
             client.write(4096, pattern(4096, seed=1), flags=flags)
             client.flush()
-
-        def server_waits() -> bool:
-            # The iothread; a worker, if the last flush was done at once and happened to be slow.
-            for task in Path("/proc/self/task").iterdir():
-                with contextlib.suppress(OSError):
-                    in_kernel = "\nState:\tD" in (task / "status").read_text()
-                    if in_kernel and int(task.name) not in client_tids:
-                        return True
-            return False
 
         run("dmsetup", "suspend", "--noflush", "--nolockfs", suspendable)
         try:
             writing = pool.submit(write)
-            wait_until(server_waits, timeout_s=20)
+            # The client, and the iothread; or a worker, if the last flush, done at once, was slow.
+            wait_until(lambda: nr_sleeping_on_disk() == 2, timeout_s=20)
             assert other_client.read(0, MIB // 2) == pattern(MIB)[: MIB // 2]
             assert not writing.done()
         finally:

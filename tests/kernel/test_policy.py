@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from proc_files import nr_sleeping_on_disk
 
 from ublk_loop.target import LoopTarget, Target
 
@@ -140,15 +140,6 @@ def test_base_executes_everything_one_at_a_time(held, fio) -> None:
 
 
 # ---- the native target, held by a suspended disk ----
-
-
-def nr_sleeping_on_disk() -> int:
-    """How many threads of this process sit in the kernel and wait for a disk."""
-    states = (
-        Path("/proc/self/task", tid, "stat").read_text().rpartition(") ")[2][0]
-        for tid in os.listdir("/proc/self/task")
-    )
-    return sum(state == "D" for state in states)
 
 
 @pytest.mark.parametrize(("policy", "nr_at_once"), [("2014", 4), ("base", 1)])

@@ -8,7 +8,6 @@ depend on the machine's speed.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from daemons import Daemon
+from proc_files import memory_kib
 
 from ublk_loop.control import list_dev_ids
 
@@ -24,11 +24,6 @@ NR_DEVICES = int(os.environ.get("UBLK_LOOP_SOAK_DEVICES", "300"))
 NR_ADDS_A_LINE = 10
 MAX_PSS_KIB = 6 << 10  # of an idle device with depth 128
 pytestmark = pytest.mark.deadline(120 + 10 * NR_DEVICES)
-
-
-def _memory_kib(pid: int, field: str) -> int:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
 def _took_ms(function: Callable[[], object]) -> float:
@@ -70,8 +65,8 @@ def test_many_devices_in_one_daemon_are_added_listed_and_deleted(
             list_ms = _took_ms(lambda: ublk("list"))
             print(f"{len(many.pids)}: add {add_ms:.0f} ms, status {status_ms:.0f} ms,", end=" ")
             print(f"list {list_ms:.0f} ms", flush=True)
-    pss_kib = [_memory_kib(pid, "Pss") for pid in many.pids]
-    daemon_kib = _memory_kib(daemon.pid, "Pss")
+    pss_kib = [memory_kib(pid)["Pss"] for pid in many.pids]
+    daemon_kib = memory_kib(daemon.pid)["Pss"]
     mean_kib = (sum(pss_kib) + daemon_kib) / NR_DEVICES
     print(f"PSS {min(pss_kib)} to {max(pss_kib)} KiB, on average {mean_kib:.0f} with the daemon's")
     assert max(pss_kib) <= MAX_PSS_KIB

@@ -196,7 +196,8 @@ bool ul_folios_take_mapped(struct ul_folios *f, uint64_t offset_bytes,
 	unsigned int nr =
 		atomic_load_explicit(&region->nr_mapped, memory_order_relaxed);
 
-	/* A write is no larger than a region. */
+	/* Of one that is larger than a region (--max_io_buf_bytes) what is
+	 * between may be large folios: slow, no more. */
 	if (!nr ||
 	    !atomic_load_explicit(&last->nr_mapped, memory_order_relaxed))
 		return false;
