@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -191,8 +192,10 @@ def _type_of(word: str) -> str:
     # Said before anything else: the options of a type that is not here are none of ours either.
     kind = _OTHER_TYPES.get(word, word)
     if kind not in state.TARGET_TYPES:
-        here = ", ".join(state.TARGET_TYPES)
-        raise click.UsageError(f"there is no target {kind!r} here, but these: {here}")
+        text = f"there is no target {kind!r} here, but these: {', '.join(state.TARGET_TYPES)}"
+        if {".", "/"} & {*kind}:
+            text += f"; for a file: ublk add -t loop -f {shlex.quote(kind)}"
+        raise click.UsageError(text)
     return kind
 
 

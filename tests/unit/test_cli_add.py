@@ -121,16 +121,24 @@ def test_short_options_of_rublk_are_not_those_of_the_reference_server(
 
 
 @pytest.mark.parametrize(
-    "line", ["qcow2 -f x.qcow2", "zoned --zone-size 4", "-t nbd --host 127.0.0.1", "disk.img"]
+    ("line", "hint"),
+    [
+        ("qcow2 -f x.qcow2", ""),
+        ("zoned --zone-size 4", ""),
+        ("-t nbd --host 127.0.0.1", ""),
+        ("disk.img", "; for a file: ublk add -t loop -f disk.img"),
+        ("/dev/sdb", "; for a file: ublk add -t loop -f /dev/sdb"),
+    ],
 )
 def test_add_of_a_target_that_is_not_here_says_so_in_one_line(
-    requests: list[Request], line: str
+    requests: list[Request], line: str, hint: str
 ) -> None:
     result = ublk("add", *line.split())
     assert (result.exit_code, result.stdout, requests) == (2, "", [])
     (error,) = result.stderr.splitlines()
     kind = line.replace("-t ", "").split()[0]
-    assert error == f"Error: there is no target {kind!r} here, but these: loop, null, ram, stripe"
+    here = f"there is no target {kind!r} here, but these: loop, null, ram, stripe"
+    assert error == f"Error: {here}{hint}"
 
 
 @pytest.mark.parametrize("words", [["add"], ["add", "loop"], ["add", "null", "-t"]])
