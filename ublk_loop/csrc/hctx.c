@@ -88,6 +88,13 @@ static bool hctx_can_register(const struct ul_hctx *h)
 	return h->config.dev_flags & UBLK_F_SUPPORT_ZERO_COPY;
 }
 
+/* There may be something in the buffers that can be given back. */
+static void hctx_note_buffer(struct ul_hctx *h)
+{
+	atomic_store_explicit(&h->thread->may_give_back, true,
+			      memory_order_relaxed);
+}
+
 /* What the driver calls it: we count the tags that are ours. */
 static uint16_t hctx_driver_tag(const struct ul_request *req)
 {
@@ -482,6 +489,7 @@ int ul_hctx_copy_in(struct ul_request *req)
 {
 	if (req->op != UBLK_IO_OP_WRITE || !ul_hctx_is_user_copy(req))
 		return 0;
+	hctx_note_buffer(req->hctx);
 	return ul_hctx_user_copy(req, req->buffer);
 }
 
@@ -489,6 +497,7 @@ int ul_hctx_copy_out(struct ul_request *req)
 {
 	if (req->op != UBLK_IO_OP_READ || !ul_hctx_is_user_copy(req))
 		return 0;
+	hctx_note_buffer(req->hctx);
 	return ul_hctx_user_copy(req, req->buffer);
 }
 
@@ -542,7 +551,8 @@ static void hctx_set_buffer(struct ul_hctx *h, struct ul_request *req,
 		shared = ul_target_find_shmem(h->target, desc_addr,
 					      req->nr_bytes);
 	req->is_shared = shared;
-	h->thread->may_give_back |= !shared;
+	if (!shared && !hctx_is_user_copy(h))
+		hctx_note_buffer(h);
 	h->stats.nr_shared += req->is_shared;
 	if (shared)
 		req->buffer = shared;

@@ -397,11 +397,11 @@ static int iothread_wait(struct ul_iothread *t)
 
 	if (!t->spin.limit_ns)
 		return iothread_sleep(t);
-	if (io_uring_sq_ready(&t->ring.uring))
-		ret = io_uring_submit_and_get_events(&t->ring.uring);
-	if (ret < 0 || iothread_has_cqes(t))
-		return ret;
 	spin_ns = ul_spin_ns(&t->spin);
+	if (spin_ns && io_uring_sq_ready(&t->ring.uring))
+		ret = io_uring_submit_and_get_events(&t->ring.uring);
+	if (ret < 0 || (spin_ns && iothread_has_cqes(t)))
+		return ret;
 	if (spin_ns && iothread_spin(t, spin_ns))
 		ret = io_uring_get_events(&t->ring.uring);
 	else

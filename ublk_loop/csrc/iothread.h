@@ -31,7 +31,7 @@ struct ul_iothread {
 	int32_t			tid;		/* P */
 	struct ul_spin		spin;		/* R, its limit I */
 	uint64_t		nr_requests;	/* R: since the last wait */
-	bool			may_give_back;	/* R: buffers may have pages */
+	atomic_bool		may_give_back;	/* A: buffers may have pages */
 	int			fault;		/* R: first unexpected result */
 	bool			leaving;	/* R: has seen `stopping` */
 	uint64_t		nr_batches;	/* R: see ul_hctx_stats */

@@ -1099,8 +1099,9 @@ static bool auto_may_pwrite(struct ul_target *t, struct ul_plug *plug,
 	*is_fresh = false;
 	if (t->cold == COLD_INLINE)
 		return true;
-	if (!auto_may_map(t, plug, req))
+	if (!t->map)
 		return false;
+	/* Behind the end of a file that was cut a pwrite makes it grow again. */
 	if (ul_map_is_whole(t->map, offset_bytes, nr_bytes)) {
 		if (!ul_map_is_new(t->map, offset_bytes, nr_bytes))
 			return true;
