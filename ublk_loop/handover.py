@@ -7,9 +7,12 @@ has a deadline; a server that does not leave by then is killed, which is what re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import signal
+import stat
 import time
 
 from . import uapi
@@ -34,7 +37,8 @@ def upgradable(dev_id: int, *, force: bool = False) -> DeviceState:
     :param force: though requests fail.
     :raises DriverError: ENODEV.
     :raises DaemonError: ENOENT (not a device of ours); EINVAL (it was not added with recovery);
-        EOPNOTSUPP (requests would fail).
+        EOPNOTSUPP (requests would fail); ENOENT, ..., ESTALE (one of its files is no more at the
+        path where the next server opens it).
     """
     what = f"upgrade dev {dev_id}"
     with Control() as control:
@@ -44,6 +48,7 @@ def upgradable(dev_id: int, *, force: bool = False) -> DeviceState:
     if not force and not _loses_nothing(info):
         hint = "requests would fail meanwhile: it was not added with --recovery reissue"
         raise DaemonError(errno.EOPNOTSUPP, what, hint)
+    _check_files(what, known)
     return known
 
 
@@ -94,6 +99,32 @@ def take_from_server(known: DeviceState) -> bool:
         if not server.wait(KILL_TIMEOUT_S):
             raise DaemonError(errno.ETIMEDOUT, what, f"server {server.pid} does not end")
     return False
+
+
+def _check_files(what: str, known: DeviceState) -> None:
+    # A file that was removed is only there as long as its server.
+    spec, folder = known.spec, f"/proc/{known.server_pid}/fd"
+    is_open = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                is_open.add(_identity(os.stat(f"{folder}/{name}")))
+    if not is_open:
+        return  # a server that has just ended
+    for path in filter(None, (spec.path, *spec.stripe_paths, spec.metadata_path)):
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            hint = f"{path}, which another server would have to open"
+            raise DaemonError(error.errno or errno.EIO, what, hint) from None
+        if _identity(found) not in is_open:
+            hint = f"{path} is another file now than the one that is served"
+            raise DaemonError(errno.ESTALE, what, hint)
+
+
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    # A disk may have several nodes.
+    return (info.st_rdev, 0) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
 
 
 def _loses_nothing(info: DevInfo) -> bool:

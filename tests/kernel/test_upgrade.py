@@ -118,6 +118,24 @@ def test_upgrade_is_refused_and_the_server_stays_where_requests_would_fail(
     assert daemon.ask("upgrade", dev_id=77)["exit_code"] == 1
 
 
+def test_upgrade_is_refused_and_the_server_stays_where_its_file_is_at_its_path_no_more(
+    daemon: Daemon, backing_file: Callable[..., Path]
+) -> None:
+    # A bug: the server left, none could take its place, and the device was deleted with its data.
+    path = backing_file(FILE_BYTES)
+    elsewhere = path.with_suffix(".moved")
+    added = daemon.add("-t loop -f", path)
+    path.rename(elsewhere)
+    for _ in ("no file", "another file"):
+        reply = daemon.ask("upgrade", dev_id=added["dev_id"])
+        assert (reply["exit_code"], reply["err"].count("\n")) == (1, 1)
+        assert str(path) in reply["err"]
+        assert daemon.server_pid(added["dev_id"]) == added["server_pid"]
+        path.write_bytes(bytes(512))
+    elsewhere.rename(path)
+    assert _upgrade(daemon, added["dev_id"])["old_server_pid"] == added["server_pid"]
+
+
 def test_daemon_stays_when_what_is_installed_cannot_take_its_place(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
