@@ -351,6 +351,7 @@ class LoopTarget(Target):
     """
 
     name = "loop"
+    _rest_warning = ""  # of what the device has no block for
 
     def __init__(
         self,
@@ -386,7 +387,8 @@ class LoopTarget(Target):
 
     def mark(self, dev_id: int) -> str:
         sharing.mark(self._fd, self.path, dev_id, read_only=self.read_only)
-        return sharing.warning(self.path, dev_id, self._others(), read_only=self.read_only)
+        shared = sharing.warning(self.path, dev_id, self._others(), read_only=self.read_only)
+        return "; ".join(filter(None, [shared, self._rest_warning]))
 
     def _others(self) -> list[int]:
         return sharing.others(self._fd, self.offset_bytes, self.size, read_only=self.read_only)
@@ -559,6 +561,12 @@ class LoopTarget(Target):
             )
         size = room if nr_bytes is None else nr_bytes
         self.size = size // self.logical_bs * self.logical_bs
+        nr_rest = size - self.size
+        if nr_rest and size == file_bytes - self.offset_bytes:
+            self._rest_warning = (
+                f"the last {nr_rest} bytes of {self.path} do not fill a block of "
+                f"{self.logical_bs}: they are left out"
+            )
         if self.size <= 0:
             raise BackingFileError(
                 errno.EINVAL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 
@@ -23,3 +24,21 @@ def test_takes_the_block_size_and_the_limit_that_were_asked_for(tmp_path: Path) 
     with pytest.raises(BackingFileError) as refused:
         LoopTarget(path, limit_bytes=2048, logical_bs=4096)
     assert refused.value.errno == errno.EINVAL
+
+
+def test_warns_of_the_end_of_a_file_that_does_not_fill_a_block(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(10_000))
+    for logical_bs, limit_bytes, nr_rest in [
+        (512, None, 272),
+        (4096, None, 1808),
+        (4096, 1 << 20, 1808),
+        (4096, 9728, None),  # asked for
+        (512, 9728, None),
+    ]:
+        with contextlib.closing(
+            LoopTarget(path, limit_bytes=limit_bytes, logical_bs=logical_bs)
+        ) as taken:
+            warning = taken.mark(0)
+        assert (f"the last {nr_rest} bytes of {path} " in warning) == (nr_rest is not None), warning
+        assert bool(warning) == (nr_rest is not None), warning
