@@ -41,7 +41,7 @@ _ERRORS = (BackingFileError, DaemonError, DriverError, UblkLoopError)
 
 
 class UsageRefused(ValueError):
-    """Words that the command does not take; the text is complete, with the usage."""
+    """Words that the command does not take; the text is the whole line."""
 
 
 class Refused(DaemonError):
@@ -286,6 +286,8 @@ def pack_error(error: Exception) -> dict[str, Any]:
             "what": error.what,
             "hint": error.hint,
         }
+    if isinstance(error, OSError) and error.errno:
+        return {"type": "DaemonError", "errno": error.errno, "what": "server", "hint": ""}
     return {"type": type(error).__name__, "text": str(error)}
 
 

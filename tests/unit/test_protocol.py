@@ -141,6 +141,9 @@ def test_wish_is_the_same_when_read_again_and_an_error_is_raised_again() -> None
     error = protocol.pack_error(DaemonError(errno.EPERM, "a", "b"))
     with pytest.raises(DaemonError, match="a: Operation not permitted: b"):
         protocol.parse_wish(json.dumps(error).encode())
-    refused = protocol.pack_error(protocol.UsageRefused("Usage: ...\n"))
-    with pytest.raises(protocol.UsageRefused, match="Usage"):
+    no_memory = protocol.pack_error(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    with pytest.raises(DaemonError, match=r"^server: Cannot allocate memory$"):
+        protocol.parse_wish(json.dumps(no_memory).encode())
+    refused = protocol.pack_error(protocol.UsageRefused("ublk: wrong\n"))
+    with pytest.raises(protocol.UsageRefused, match="wrong"):
         protocol.parse_wish(json.dumps(refused).encode())
