@@ -7,7 +7,6 @@ where there is no daemon.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import click
 
 from . import client, listing, protocol, state, uapi
 from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, request_of
-from .cli_base import CONTEXT, ask, cli, warn
+from .cli_base import CONTEXT, ask, cli, usage_text, warn
 from .state import TargetSpec
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ class _Add(click.Command):
             args = ["--help"]
         elif args and args[0][:1] != "-" and not {"-t", "--type"} & {*args}:
             args = ["-t", args[0], *_of_rublk(args[1:])]
-        return super().parse_args(ctx, [*_in_our_words(args)])
+        return super().parse_args(ctx, [*_in_our_words(ctx, args)])
 
 
 def _of_rublk(args: list[str]) -> Iterator[str]:
@@ -172,7 +171,7 @@ def _of_rublk(args: list[str]) -> Iterator[str]:
             yield flags.get(arg, arg)
 
 
-def _in_our_words(args: list[str]) -> Iterator[str]:
+def _in_our_words(ctx: click.Context, args: list[str]) -> Iterator[str]:
     meaningless = {*_NO_WORDS_HERE, *(["--shmem_zc"] if "--htlb" in args else [])}
     for last_arg, arg, next_arg in zip(["", *args], args, [*args[1:], ""], strict=False):
         has_value = next_arg in ("0", "1")
@@ -183,19 +182,19 @@ def _in_our_words(args: list[str]) -> Iterator[str]:
         elif arg == "-g" and not has_value:
             yield "--need_get_data=1"
         elif last_arg in ("-t", "--type"):
-            yield _type_of(arg)
+            yield _type_of(ctx, arg)
         elif word not in meaningless:
             yield "=".join([_THEIR_WORDS.get(word, name), *value])
 
 
-def _type_of(word: str) -> str:
+def _type_of(ctx: click.Context, word: str) -> str:
     # Said before anything else: the options of a type that is not here are none of ours either.
     kind = _OTHER_TYPES.get(word, word)
     if kind not in state.TARGET_TYPES:
         text = f"there is no target {kind!r} here, but these: {', '.join(state.TARGET_TYPES)}"
         if {".", "/"} & {*kind}:
             text += f"; for a file: ublk add -t loop -f {shlex.quote(kind)}"
-        raise click.UsageError(text)
+        raise click.UsageError(text, ctx)
     return kind
 
 
@@ -470,12 +469,14 @@ def parse_add(words: Iterable[str]) -> dict[str, Any]:
     parent = click.Context(cli, info_name="ublk", **CONTEXT)
     try:
         return add.make_context("add", list(words), parent=parent).params
-    except click.ClickException as error:
-        text = io.StringIO()
-        error.show(text)
-        raise protocol.UsageRefused(text.getvalue()) from None
+    except click.UsageError as error:
+        raise _refused(error) from None
     except click.exceptions.Exit:
-        raise protocol.UsageRefused("Error: -h stands alone\n") from None
+        raise _refused(click.UsageError("-h stands alone")) from None
+
+
+def _refused(error: click.UsageError) -> protocol.UsageRefused:
+    return protocol.UsageRefused(f"ublk: {usage_text(error, 'ublk add')}\n")
 
 
 def check_add(words: Iterable[str]) -> None:
@@ -504,8 +505,8 @@ def read_words(asked: protocol.Add) -> tuple[Request, bool]:
     given = parse_add(asked.words)
     try:
         return request_of(given, cwd=asked.cwd, supervised=True), given["as_json"]
-    except click.ClickException as error:
-        raise protocol.UsageRefused(f"Error: {error.format_message()}\n") from None
+    except click.UsageError as error:
+        raise _refused(error) from None
 
 
 def _serve_here(request: Request, as_json: bool) -> None:

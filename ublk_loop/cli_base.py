@@ -44,19 +44,40 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, _OTHER_NAMES.get(cmd_name, cmd_name))
 
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
+        is_bare = not args
+        try:
+            return super().make_context(info_name, args, *more, **extra)
+        except click.UsageError as error:
+            if is_bare:
+                raise  # the help
+            fail(usage_text(error), exit_code=2)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UblkLoopError as error:
             fail(str(error))
+        except click.UsageError as error:
+            fail(usage_text(error), exit_code=2)
         except ValueError as error:
-            raise click.UsageError(str(error), ctx) from error
+            command = f"ublk {ctx.invoked_subcommand}"
+            fail(usage_text(click.UsageError(str(error)), command), exit_code=2)
 
 
-def fail(text: str) -> NoReturn:
-    """Print one error line and exit with 1."""
+def fail(text: str, *, exit_code: int = 1) -> NoReturn:
+    """Print one error line and exit with 1, or with ``exit_code``."""
     click.echo(f"ublk: {text}", err=True)
-    sys.exit(1)
+    sys.exit(exit_code)
+
+
+def usage_text(error: click.UsageError, command: str = "ublk") -> str:
+    """Return what is wrong with a command line and where to read what is right, in one line.
+
+    :param command: the command that ``error`` is of, if it does not say so itself.
+    """
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    return f"{text}: see {error.ctx.command_path if error.ctx else command} --help"
 
 
 @click.group(cls=_Commands, context_settings=CONTEXT)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ublk_loop import cli, cli_add, server, uapi
+from tests.support.commands import assert_names_the_help
+from ublk_loop import cli, cli_add, protocol, server, uapi
 from ublk_loop import launch as launching
 from ublk_loop.add_request import request_of
 from ublk_loop.errors import BackingFileError, DaemonError, DriverError
@@ -138,7 +139,16 @@ def test_add_of_a_target_that_is_not_here_says_so_in_one_line(
     (error,) = result.stderr.splitlines()
     kind = line.replace("-t ", "").split()[0]
     here = f"there is no target {kind!r} here, but these: loop, null, ram, stripe"
-    assert error == f"Error: {here}{hint}"
+    assert error == f"ublk: {here}{hint}: see ublk add --help"
+
+
+@pytest.mark.parametrize("line", ["-f x.img", "-t loop", "-t loop --foo", "-t loop -f x.img -q 0"])
+@pytest.mark.usefixtures("requests")
+def test_the_daemon_says_of_wrong_usage_what_the_command_says(line: str) -> None:
+    with pytest.raises(protocol.UsageRefused) as refused:
+        cli_add.read_words(protocol.Add(tuple(line.split()), "/srv"))
+    assert_names_the_help(str(refused.value))
+    assert str(refused.value) == ublk("add", *line.split()).stderr
 
 
 @pytest.mark.parametrize("words", [["add"], ["add", "loop"], ["add", "null", "-t"]])
@@ -353,7 +363,7 @@ def test_add_exits_with_2_and_starts_nothing_when_the_usage_is_wrong(
     result = ublk(*line.split())
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "Error: " in result.stderr
+    assert_names_the_help(result.stderr)
     assert requests == []
 
 

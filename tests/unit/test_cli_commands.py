@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.support.commands import assert_names_the_help
 from ublk_loop import __version__, cli, control, manage, uapi
 
 COMMANDS = ["add", "del", "stop", "list", "recover", "upgrade", "features", "set_affinity", "help"]
@@ -49,15 +50,23 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "set_affinity -n 0 -q -1 --cpuset [0]",
         "help -t nbd",
         "delete -n 0",
-        "",
+        "--numbr 0",
+        "losetup -v -f /srv/d.img",
+        "losetup -f /srv/d.img /srv/e.img",
     ],
 )
 @pytest.mark.usefixtures("no_driver")
-def test_a_command_exits_with_2_when_the_usage_is_wrong(line: str) -> None:
+def test_a_command_exits_with_2_and_says_one_line_when_the_usage_is_wrong(line: str) -> None:
     result = ublk(*line.split())
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "Error: " in result.stderr or "Usage: ublk" in result.stderr
+    assert_names_the_help(result.stderr)
+
+
+def test_ublk_alone_exits_with_2_and_shows_the_help() -> None:
+    result = ublk()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Usage: ublk")
 
 
 @pytest.mark.parametrize(
