@@ -42,6 +42,8 @@ def daemon(detach: bool, command: str | None, config: str, as_json: bool, reload
     if command is None:
         from . import daemon as daemon_module
 
+        if detach and _is_said("config"):
+            _check_config(config)
         daemon_module.main(os.path.abspath(config), detach=detach, reloaded=reloaded)
         return
     reply = ask(protocol.Stop() if command == "stop" else protocol.Status())
@@ -51,6 +53,18 @@ def daemon(detach: bool, command: str | None, config: str, as_json: bool, reload
         assert reply.document is not None
         text = json.dumps(reply.document, indent=2) if as_json else _status_text(reply.document)
         click.echo(text)
+
+
+def _is_said(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _check_config(path: str) -> None:
+    # The daemon says in its log only what is wrong with it, and serves what it served before.
+    if not os.path.exists(path):
+        raise DaemonError(errno.ENOENT, path)
+    boot.read(path)
 
 
 def _status_text(document: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,6 +163,8 @@ def _dev_id(name: str) -> int:
     match = re.fullmatch(r"(?:/dev/)?ublkb(\d{1,7})", name)
     if match is None:
         hint = "a device is /dev/ublkbN here; losetup without ublk has /dev/loopN"
+        if os.path.isfile(name):
+            hint = f"it is a file: ublk losetup -f --show {shlex.quote(name)} sets it up"
         raise DaemonError(errno.ENODEV, name, hint)
     return int(match[1])
 

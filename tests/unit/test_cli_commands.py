@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.support.commands import assert_names_the_help
-from ublk_loop import __version__, cli, control, manage, uapi
+from ublk_loop import __version__, cli, control, daemon, manage, uapi
 
 COMMANDS = ["add", "del", "stop", "list", "recover", "upgrade", "features", "set_affinity", "help"]
 
@@ -173,3 +173,26 @@ def test_list_ends_quietly_when_nobody_reads_its_output() -> None:
     os.close(write_fd)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (None, "No such file or directory"),
+        ("[device.0]\ntype = 'null'\nqueus = 2\n", "No such option"),
+        ("[device.0\n", "Expected"),
+    ],
+)
+def test_a_daemon_in_the_background_is_not_started_with_a_file_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, error: str
+) -> None:
+    monkeypatch.setattr(daemon, "main", lambda *_, **__: pytest.fail("it was started"))
+    path = tmp_path / "ublk.toml"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(0o600)
+    result = ublk("daemon", "--detach", "--config", str(path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"ublk: {path}: ")
+    assert error in line

@@ -129,6 +129,12 @@ def test_shows_the_devices_of_a_file_and_an_offset(asked: Asked, tmp_path: Path)
     }
 
 
+def test_a_file_alone_is_told_how_it_is_set_up(asked: Asked, tmp_path: Path) -> None:
+    result = _losetup(tmp_path / "a file")
+    assert (result.exit_code, result.stdout, asked) == (1, "", [])
+    assert f"ublk losetup -f --show '{tmp_path}/a file' sets it up" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "exit_code", "text"),
     [
