@@ -19,6 +19,7 @@ import errno
 import itertools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -290,6 +291,26 @@ class Device:
         False on time-out. :meth:`errors` tells which it was.
         """
         return self._ended.wait(timeout_s)
+
+    def serve(self) -> None:
+        """Wait until the device is stopped, as by ``ublk del``; SIGTERM and Ctrl-C delete it.
+
+        For the main thread of a program that does nothing else. The device is closed then.
+
+        :raises DriverError: what ended an hctx before its time.
+        """
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        errors: list[DriverError] = []
+        try:
+            self.wait()
+            errors = self.errors()
+        except KeyboardInterrupt:
+            self.delete()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.close()
+        if errors:
+            raise errors[0]
 
     def stop(self, timeout_s: float = 30) -> None:
         """Stop the device; requests in flight fail with EIO. Idempotent.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ublk_loop import manage
 from ublk_loop.target import RamTarget, Target
 
+README = Path(__file__).parents[2] / "README.md"
 KIB = 1 << 10
 MIB = 1 << 20
 
@@ -204,3 +210,23 @@ def test_write_past_the_granted_buffer_never_reaches_the_target(device, open_blo
         client.write(0, data)
     assert largest == 64 * KIB
     assert target.memory == data
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "del"])
+def test_the_example_of_the_readme_serves_until_it_is_ended(
+    leaves_nothing: object, tmp_path: Path, way: str
+) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    script = tmp_path / "stripes.py"
+    script.write_text(program)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        path = Path(server.stdout.readline().strip())
+        with path.open("rb") as disk:
+            assert disk.read(1024) == b"a" * 512 + b"b" * 512
+        if way == "del":
+            manage.delete(int(path.name.removeprefix("ublkb")))
+        else:
+            server.send_signal(getattr(signal, way))
+        assert server.wait(30) == 0
+    assert not path.exists()
