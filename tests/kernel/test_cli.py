@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from proc_files import has_stopped
 
 from ublk_loop import manage, scheduler, state, uapi
 from ublk_loop.control import Control
@@ -325,6 +326,7 @@ def test_del_kills_a_server_that_hangs(
     added = _document(_succeed(here("add -t null --json")))
     inflight = Path(f"/sys/block/ublkb{added['dev_id']}/inflight")
     os.kill(added["server_pid"], signal.SIGSTOP)
+    wait_until(lambda: has_stopped(added["server_pid"]), timeout_s=20)
     errors: list[int | None] = []
 
     def read() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from daemons import Daemon
+from proc_files import has_stopped
 from writers import SyncedWriter
 
 from ublk_loop import cli
@@ -86,6 +87,7 @@ def test_device_is_upgraded_when_its_server_hangs_with_every_tag_in_flight(
     data = pattern(8192)
     added = daemon.add("-t loop -d 1 -f", backing_file(FILE_BYTES, data))
     os.kill(added["server_pid"], signal.SIGSTOP)
+    wait_until(lambda: has_stopped(added["server_pid"]), timeout_s=20)
     answers: list[bytes] = []
 
     def read() -> None:

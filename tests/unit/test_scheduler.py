@@ -34,6 +34,7 @@ def test_scheduler_is_set_once_the_kernel_is_no_longer_busy(sysfs_file: Path) ->
     assert not helper.wait(0.1)
     # Replaced under a try it may be missing for a moment, which ends the try.
     os.kill(helper.pid, signal.SIGSTOP)
+    os.waitpid(helper.pid, os.WUNTRACED)
     end_of_busy()
     os.kill(helper.pid, signal.SIGCONT)
     assert helper.wait(10)
