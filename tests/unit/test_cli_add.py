@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from commands import assert_names_the_help
 
-from tests.support.commands import assert_names_the_help
 from ublk_loop import cli, cli_add, protocol, server, uapi
 from ublk_loop import launch as launching
 from ublk_loop.add_request import request_of

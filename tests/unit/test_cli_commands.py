@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from commands import assert_names_the_help
 
-from tests.support.commands import assert_names_the_help
 from ublk_loop import __version__, cli, control, daemon, manage, uapi
 
 COMMANDS = ["add", "del", "stop", "list", "recover", "upgrade", "features", "set_affinity", "help"]

@@ -398,14 +398,18 @@ static int iothread_wait(struct ul_iothread *t)
 	if (!t->spin.limit_ns)
 		return iothread_sleep(t);
 	spin_ns = ul_spin_ns(&t->spin);
-	if (spin_ns && io_uring_sq_ready(&t->ring.uring))
-		ret = io_uring_submit_and_get_events(&t->ring.uring);
-	if (ret < 0 || (spin_ns && iothread_has_cqes(t)))
-		return ret;
-	if (spin_ns && iothread_spin(t, spin_ns))
-		ret = io_uring_get_events(&t->ring.uring);
-	else
+	if (!spin_ns) {
 		ret = iothread_sleep(t);
+	} else {
+		if (io_uring_sq_ready(&t->ring.uring))
+			ret = io_uring_submit_and_get_events(&t->ring.uring);
+		if (ret < 0 || iothread_has_cqes(t))
+			return ret;
+		if (iothread_spin(t, spin_ns))
+			ret = io_uring_get_events(&t->ring.uring);
+		else
+			ret = iothread_sleep(t);
+	}
 	ul_spin_note(&t->spin, now_ns(), t->nr_requests);
 	t->nr_requests = 0;
 	return ret;
