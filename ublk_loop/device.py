@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import state, uapi
 from .control import Control, DevInfo
@@ -248,6 +248,47 @@ class Device:
             raise
         return device
 
+    @classmethod
+    def serve(
+        cls,
+        target: Target,
+        *,
+        ready: Callable[[Device], None] = lambda device: None,
+        **options: Any,
+    ) -> None:
+        """Serve a device until it is stopped, as by ``ublk del``; SIGTERM and Ctrl-C delete it.
+
+        For the main thread of a program that does nothing else; no device is left at its end.
+
+        :param ready: called once the device is live.
+        :param options: those of :meth:`add`.
+        :raises ValueError, DriverError: as :meth:`add`, or what ended an hctx before its time.
+        """
+        # They wait while the device comes to be: an end in between would leave half of it.
+        ends = {signal.SIGINT, signal.SIGTERM}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with Control() as control:
+                device = cls.add(control, target, **options)
+                try:
+                    device.start()
+                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                    ready(device)
+                    device.wait()
+                except KeyboardInterrupt:
+                    device.delete()
+                except BaseException:
+                    device.delete_quietly()
+                    raise
+                errors = device.errors()
+                device.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            signal.signal(signal.SIGTERM, before)
+        if errors:
+            raise errors[0]
+
     @property
     def dev_id(self) -> int:
         """The device's number."""
@@ -291,26 +332,6 @@ class Device:
         False on time-out. :meth:`errors` tells which it was.
         """
         return self._ended.wait(timeout_s)
-
-    def serve(self) -> None:
-        """Wait until the device is stopped, as by ``ublk del``; SIGTERM and Ctrl-C delete it.
-
-        For the main thread of a program that does nothing else. The device is closed then.
-
-        :raises DriverError: what ended an hctx before its time.
-        """
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        errors: list[DriverError] = []
-        try:
-            self.wait()
-            errors = self.errors()
-        except KeyboardInterrupt:
-            self.delete()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            self.close()
-        if errors:
-            raise errors[0]
 
     def stop(self, timeout_s: float = 30) -> None:
         """Stop the device; requests in flight fail with EIO. Idempotent.

@@ -230,3 +230,29 @@ def test_the_example_of_the_readme_serves_until_it_is_ended(
             server.send_signal(getattr(signal, way))
         assert server.wait(30) == 0
     assert not path.exists()
+
+
+@pytest.mark.parametrize("moment", ["mark", "ready"])  # half added; live, and not yet waiting
+def test_a_signal_that_comes_early_leaves_no_device(
+    leaves_nothing: object, tmp_path: Path, moment: str
+) -> None:
+    script = tmp_path / "ends_early.py"
+    script.write_text(
+        f"""
+import os, signal
+from ublk_loop import Device, RamTarget
+
+def end(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return ""
+
+target = RamTarget(1 << 20)
+if {moment!r} == "mark":
+    target.mark = end
+    Device.serve(target)
+else:
+    Device.serve(target, ready=end)
+"""
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
