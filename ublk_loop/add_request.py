@@ -246,4 +246,6 @@ def _chunk_bytes(nr_bytes: int | None) -> int:
 
 
 def _absolute(path: str, cwd: str) -> str:
+    if not path:
+        raise click.UsageError("the name of a file is empty")
     return os.path.normpath(os.path.join(cwd, path))

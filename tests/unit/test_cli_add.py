@@ -404,6 +404,15 @@ def test_device_of_the_daemon_is_recovered_by_hand_or_not_at_all_when_told(
     assert (request.options.flags, request.options.recovery_deadline_s) == (flags, None)
 
 
+@pytest.mark.parametrize("line", ["add -t loop -f", "add -t stripe a.img", "losetup -f --show"])
+def test_a_file_without_a_name_is_no_folder(requests: list[Request], line: str) -> None:
+    # A bug: "Is a directory", said of the one that the command was called in.
+    result = ublk(*line.split(), "")
+    assert (result.exit_code, result.stdout, requests) == (2, "", [])
+    assert_names_the_help(result.stderr)
+    assert "the name of a file is empty" in result.stderr
+
+
 def test_path_is_taken_from_the_folder_of_the_daemons_client() -> None:
     given = cli_add.parse_add(["-t", "loop", "-f", "../d.img"])
     assert request_of(given, cwd="/srv/a").spec.path == "/srv/d.img"
