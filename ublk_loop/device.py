@@ -34,7 +34,7 @@ from .params import Params, params_for
 from .scheduler import set_scheduler
 from .shmem import MAX_FILES, SharedMemory
 from .state import DATA_FLAGS
-from .target import LoopTarget, NativeTarget, NullTarget, Target, check_policy
+from .target import LoopTarget, NativeTarget, NullTarget, Target, check_methods, check_policy
 from .workqueue import Workqueue
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class Device:
         """
         with _closed_on_error(target, shared):
             check_policy(policy)
+            check_methods(target)
             features = control.get_features()
             best_data = target.best_data if policy == "auto" else "copy"
             flags |= _data_flags(data, best_data, flags, features)
@@ -236,6 +237,7 @@ class Device:
         """
         with _closed_on_error(target, shared):
             check_policy(policy)
+            check_methods(target)
             target.mark(dev_id)
             control.start_user_recovery(dev_id, timeout_s=timeout_s)
             info = control.get_dev_info(dev_id)

@@ -57,10 +57,11 @@ _log = logging.getLogger(__name__)
 class Target:
     """Base class of targets; subclass it to serve a device from Python.
 
-    Set ``size`` (bytes, a multiple of ``logical_bs``) and define :meth:`read` and :meth:`write`;
-    :meth:`flush`, :meth:`discard` and :meth:`write_zeroes` are offered to the kernel only where a
-    subclass defines them. Offsets and lengths are bytes, multiples of ``logical_bs``. An OSError
-    reaches the writer or reader as its errno, any other exception as EIO (and is logged).
+    Set ``size`` (bytes, a multiple of ``logical_bs``) and define :meth:`read` and, unless
+    ``read_only``, :meth:`write`; :meth:`flush`, :meth:`discard` and :meth:`write_zeroes` are
+    offered to the kernel only where a subclass defines them. Offsets and lengths are bytes,
+    multiples of ``logical_bs``. An OSError reaches the writer or reader as its errno, any other
+    exception as EIO (and is logged).
     Methods are called on several threads at once: reads at any time, the rest one at a time.
     A buffer belongs to the request: do not keep it.
     """
@@ -194,6 +195,21 @@ class Target:
         else:
             return -errno.EOPNOTSUPP
         return 0
+
+
+def check_methods(target: Target) -> None:
+    """Refuse a target in Python that could not do what every device is asked for.
+
+    :raises ValueError: it does not define read or, unless it is read-only, write.
+    """
+    if type(target)._native_config is not Target._native_config:
+        return
+    needed = ("read",) if target.read_only else ("read", "write")
+    missing = [method for method in needed if not target._defines(method)]
+    if missing:
+        ways = ", or be read_only" if missing == ["write"] else ""
+        text = f"does not define {' and '.join(missing)}: it must{ways}"
+        raise ValueError(f"target {type(target).__name__} {text}")
 
 
 class NativeTarget:
@@ -751,6 +767,7 @@ __all__ = [
     "RamTarget",
     "StripeTarget",
     "Target",
+    "check_methods",
     "check_policy",
     "file_nr_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ublk_loop import manage
+from ublk_loop.control import list_dev_ids
 from ublk_loop.target import RamTarget, Target
 
 README = Path(__file__).parents[2] / "README.md"
@@ -136,6 +138,30 @@ def test_minimal_target_is_offered_neither_flush_nor_discard(device, open_block,
     assert (stats.nr_flushes, stats.nr_discards, stats.nr_errors) == (0, 0, 0)
     dev.delete()
     assert target.is_closed
+
+
+@pytest.mark.parametrize(
+    ("defined", "read_only", "text"),
+    [
+        ("", False, "Half does not define read and write: it must$"),
+        ("write", False, "Half does not define read: it must$"),
+        ("write", True, "Half does not define read: it must$"),
+        ("read", False, "Half does not define write: it must, or be read_only$"),
+        ("read", True, None),
+    ],
+)
+def test_target_that_lacks_what_every_device_needs_is_refused_before_there_is_one(
+    device, defined, read_only, text
+) -> None:
+    # A bug: it was added, and each request failed.
+    methods = {defined: vars(MinimalTarget)[defined]} if defined else {}
+    is_closed = []
+    half = type("Half", (Target,), {**methods, "close": lambda self: is_closed.append(True)})()
+    half.size, half.read_only = MIB, read_only
+    with contextlib.nullcontext() if text is None else pytest.raises(ValueError, match=text):
+        device(half)
+    assert is_closed == ([] if text is None else [True])
+    assert len(list_dev_ids()) == (text is None)
 
 
 @pytest.mark.parametrize(
