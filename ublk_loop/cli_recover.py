@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from .cli_add import spec_of
 from .cli_base import ask, check_n_or_a, exit_if_failed, number_option, tried
 from .errors import DaemonError
 from .serve import serve_upgrade
+
+if TYPE_CHECKING:
+    from .control import DevInfo
 
 _RELOAD_TIMEOUT_S = 60.0
 
@@ -121,7 +124,8 @@ def quiesce(dev_id: int, force: bool) -> None:
 def upgrade(dev_id: int | None, everything: bool, as_json: bool) -> None:
     """Replace the server of a device, which may be in use, by one of what is installed now.
 
-    Requests wait meanwhile and none fails. Prints for how long. The daemon is replaced too.
+    Requests wait meanwhile and none fails. Prints for how long. The daemon is replaced too. -a
+    skips, and names, devices that were added so that this cannot be done.
 
     \b
     Examples:
@@ -132,8 +136,10 @@ def upgrade(dev_id: int | None, everything: bool, as_json: bool) -> None:
     from . import manage
 
     by_daemon = _reload_daemon()
-    dev_ids = manage.served() if dev_id is None else [dev_id]
-    done = [tried(each, partial(_upgrade_one, each, by_daemon)) for each in dev_ids]
+    if dev_id is None:
+        done = [_upgrade_or_skip(info, by_daemon) for info in manage.served()]
+    else:
+        done = [tried(dev_id, partial(_upgrade_one, dev_id, by_daemon))]
     if as_json:
         click.echo(json.dumps(done, indent=2))
     else:
@@ -141,6 +147,16 @@ def upgrade(dev_id: int | None, everything: bool, as_json: bool) -> None:
             if one["done"]:
                 click.echo(_upgrade_text(one["dev_id"], one["done"]))
     exit_if_failed(done)
+
+
+def _upgrade_or_skip(info: DevInfo, by_daemon: bool) -> dict[str, Any]:
+    from . import handover
+
+    reason = handover.obstacle(info)
+    if reason:
+        click.echo(f"ublk: dev {info.dev_id} is skipped: {reason}", err=True)
+        return {"dev_id": info.dev_id, "done": None, "error": None, "skipped": reason}
+    return tried(info.dev_id, partial(_upgrade_one, info.dev_id, by_daemon))
 
 
 def _upgrade_one(dev_id: int, by_daemon: bool) -> Any:

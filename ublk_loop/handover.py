@@ -43,13 +43,20 @@ def upgradable(dev_id: int, *, force: bool = False) -> DeviceState:
     what = f"upgrade dev {dev_id}"
     with Control() as control:
         info, known = served_here(control, what, dev_id)
-    if not info.flags & uapi.UBLK_F_USER_RECOVERY:
-        raise DaemonError(errno.EINVAL, what, "it was added without recovery: see ublk add -h")
-    if not force and not _loses_nothing(info):
-        hint = "requests would fail meanwhile: it was not added with --recovery reissue"
-        raise DaemonError(errno.EOPNOTSUPP, what, hint)
+    can_recover = info.flags & uapi.UBLK_F_USER_RECOVERY
+    if (hint := obstacle(info)) and not (force and can_recover):
+        raise DaemonError(errno.EOPNOTSUPP if can_recover else errno.EINVAL, what, hint)
     _check_files(what, known)
     return known
+
+
+def obstacle(info: DevInfo) -> str:
+    """Return why no server of this device can be replaced, as it was added so; empty: it can be."""
+    if not info.flags & uapi.UBLK_F_USER_RECOVERY:
+        return "it was added without recovery (a ram device always is): see ublk add -h"
+    if not _loses_nothing(info):
+        return "requests would fail meanwhile: it was not added with --recovery reissue"
+    return ""
 
 
 def quiesce(dev_id: int, *, force: bool = False) -> bool:
@@ -142,4 +149,4 @@ def _quiesce(dev_id: int) -> None:
         _log.warning("%s", error)
 
 
-__all__ = ["quiesce", "take_from_server", "upgradable"]
+__all__ = ["obstacle", "quiesce", "take_from_server", "upgradable"]

@@ -191,11 +191,9 @@ class _Server:
             self._process.close()
 
 
-def served() -> list[int]:
+def served() -> list[DevInfo]:
     """Return the devices of ours that are live."""
-    return [
-        info.dev_id for info in _infos() if info.state == uapi.UBLK_S_DEV_LIVE and _is_ours(info)
-    ]
+    return [info for info in _infos() if info.state == uapi.UBLK_S_DEV_LIVE and _is_ours(info)]
 
 
 def waiting() -> tuple[list[int], list[int]]:

@@ -120,6 +120,23 @@ def test_upgrade_is_refused_and_the_server_stays_where_requests_would_fail(
     assert daemon.ask("upgrade", dev_id=77)["exit_code"] == 1
 
 
+def test_upgrade_of_all_skips_what_was_added_so_that_it_cannot_be(daemon: Daemon) -> None:
+    # A bug: it failed as soon as there was a ram device.
+    ram, upgraded = daemon.add("-t ram --size 1M"), daemon.add("-t null")
+    result = CliRunner().invoke(cli.cli, ["upgrade", "-a", "--json"], prog_name="ublk")
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"ublk: dev {ram['dev_id']} is skipped: it was added without recovery")
+    skipped, done = json.loads(result.stdout)
+    assert (skipped["dev_id"], skipped["done"], skipped["error"]) == (ram["dev_id"], None, None)
+    assert skipped["skipped"] in line
+    assert done["done"]["old_server_pid"] == upgraded["server_pid"]
+    assert daemon.server_pid(ram["dev_id"]) == ram["server_pid"]
+    named = CliRunner().invoke(cli.cli, ["upgrade", "-n", str(ram["dev_id"])], prog_name="ublk")
+    assert (named.exit_code, named.stdout) == (1, "")
+    assert skipped["skipped"] in named.stderr
+
+
 def test_upgrade_is_refused_and_the_server_stays_where_its_file_is_at_its_path_no_more(
     daemon: Daemon, backing_file: Callable[..., Path]
 ) -> None:
