@@ -15,7 +15,7 @@ import signal
 import stat
 import time
 
-from . import uapi
+from . import sharing, uapi
 from .control import Control, DevInfo
 from .errors import DaemonError, DriverError
 from .manage import served_here
@@ -110,12 +110,10 @@ def take_from_server(known: DeviceState) -> bool:
 
 def _check_files(what: str, known: DeviceState) -> None:
     # A file that was removed is only there as long as its server.
-    spec, folder = known.spec, f"/proc/{known.server_pid}/fd"
-    is_open = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
-            with contextlib.suppress(OSError):
-                is_open.add(_identity(os.stat(f"{folder}/{name}")))
+    spec, is_open = known.spec, set()
+    for file in sharing.files_of(known.server_pid, known.dev_id):
+        with contextlib.suppress(OSError):
+            is_open.add(_identity(os.stat(file)))
     if not is_open:
         return  # a server that has just ended
     for path in filter(None, (spec.path, *spec.stripe_paths, spec.metadata_path)):

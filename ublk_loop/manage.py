@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import IO
 
-from . import holders, listing, state, uapi
+from . import holders, listing, sharing, state, uapi
 from .control import Control, DevInfo, block_path, list_dev_ids
 from .errors import BusyError, DaemonError, DriverError
 from .holders import Holder
@@ -357,10 +357,7 @@ def _room(what: str, known: DeviceState) -> int:
 
 def _backing_file(what: str, known: DeviceState) -> IO[bytes]:
     # The file that the server has open: there may be another at its path by now.
-    path, folder = known.target["backing_file"], f"/proc/{known.server_pid}/fd"
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                if os.readlink(f"{folder}/{name}").removesuffix(" (deleted)") == path:
-                    return open(f"{folder}/{name}", "rb")
+    for path in sharing.files_of(known.server_pid, known.dev_id):
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "rb")
     raise DaemonError(errno.ESRCH, what, "its server is gone")

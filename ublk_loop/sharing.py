@@ -6,13 +6,16 @@ open file description's (F_OFD_SETLK), so it goes when the last operation on the
 ended, be its process dead or not. Whoever can open the file can ask for the marks.
 
 In: descriptors of a backing file. Out: dev_ids, or an error that names who uses them. Runs where a
-target is opened. Never waits, and never talks to the driver.
+target is opened; where the files of a server are looked for, in the CLI. Never waits, and never
+talks to the driver.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import os
 import struct
 from collections.abc import Iterator
 
@@ -48,6 +51,21 @@ def others(fd: int, first_byte: int, nr_bytes: int, *, read_only: bool) -> list[
     wanted = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
     found = sorted(_conflicts(fd, wanted, _MARKS, _MARKS + _NR_MARKS))
     return [dev_id for dev_id in found if _overlaps(dev_id, first_byte, nr_bytes)]
+
+
+def files_of(server_pid: int, dev_id: int) -> Iterator[str]:
+    """Yield the files that a server has marked as ``dev_id``'s, as ``/proc/PID/fd/N``.
+
+    They may have other names than they were opened by, or none. Nothing, if the server is gone or
+    is another user's.
+    """
+    folder, place = f"/proc/{server_pid}", str(_MARKS + dev_id)
+    with contextlib.suppress(OSError):
+        for fd in sorted(map(int, os.listdir(f"{folder}/fd"))):
+            with contextlib.suppress(OSError), open(f"{folder}/fdinfo/{fd}") as info:
+                # lock: 1: OFDLCK ADVISORY WRITE -1 MAJOR:MINOR:INODE FIRST_BYTE LAST_BYTE
+                if any(line.startswith("lock:") and line.split()[-1] == place for line in info):
+                    yield f"{folder}/fd/{fd}"
 
 
 def check_unused(path: str, dev_ids: list[int]) -> None:
@@ -113,4 +131,4 @@ def _pages(first_byte: int, nr_bytes: int) -> range:
     return range(first_byte // _PAGE_BYTES, -(-(first_byte + nr_bytes) // _PAGE_BYTES))
 
 
-__all__ = ["check_unused", "mark", "others", "warning"]
+__all__ = ["check_unused", "files_of", "mark", "others", "warning"]

@@ -109,6 +109,21 @@ def test_what_a_device_has_grown_by_is_read_written_and_discarded(
     assert shown["state"] == "LIVE"
 
 
+def test_device_whose_file_was_moved_takes_its_size_all_the_same(
+    here: Here, backing_file: Callable[..., Path], features: int
+) -> None:
+    # A bug: "its server is gone", as none had the file open by the name that it once had.
+    path = backing_file(MIB)
+    dev_id, device = _added(here, "-t loop -f", path)
+    moved = path.rename(path.with_suffix(".moved"))
+    path.touch()
+    os.truncate(moved, 2 * MIB)
+    result = here("resize -n", dev_id)
+    if features & uapi.UBLK_F_UPDATE_SIZE:
+        assert (result.exit_code, _nr_bytes(device)) == (0, 2 * MIB)
+    assert "server" not in result.stderr
+
+
 def test_recovery_keeps_the_new_size(
     here: Here, backing_file: Callable[..., Path], features: int
 ) -> None:
