@@ -1,8 +1,8 @@
 """What ``ublk losetup`` shows of a device, in the formats of util-linux' losetup.
 
 In: what the driver and the state file say of the devices that have a backing file. Out: text, or
-what is printed as JSON. Nothing here prints, or talks to the driver; of a backing file it asks for
-the inode.
+what is printed as JSON. Nothing here prints, or talks to the driver; of a backing file it asks what
+it is called now, and for the inode.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import uapi
+from . import sharing, uapi
 
 if TYPE_CHECKING:
     from .control import DevInfo
@@ -44,9 +44,8 @@ def row(info: DevInfo, params: Params, known: DeviceState | None) -> Row | None:
     """Return a device's row, by column; None if it has no backing file, or is not ours."""
     if known is None or known.spec.type != "loop":
         return None
-    spec, path = known.spec, str(known.target["backing_file"])
-    ino, dev = _inode(path)
-    devt = params.devt
+    spec, devt = known.spec, params.devt
+    path, ino, dev = _backing_file(known)
     return {
         "NAME": f"/dev/ublkb{info.dev_id}",
         "AUTOCLEAR": False,
@@ -64,21 +63,23 @@ def row(info: DevInfo, params: Params, known: DeviceState | None) -> Row | None:
     }
 
 
-def _inode(path: str) -> tuple[int | None, int | None]:
+def _backing_file(known: DeviceState) -> tuple[str, int | None, int | None]:
+    # As the server has it open: it may have been moved or removed, and another be at its path.
+    path = str(known.target["backing_file"])
+    opened = next(sharing.files_of(known.server_pid, known.dev_id), "")
     try:
-        found = os.stat(path)
+        found = os.stat(opened or path)
+        return os.readlink(opened) if opened else path, found.st_ino, found.st_dev
     except OSError:
-        return None, None
-    return found.st_ino, found.st_dev
+        return path, None, None
 
 
 def line(one: Row) -> str:
     """Return what losetup prints of a device without ``--list``."""
-    try:
-        dev = os.stat(str(one["BACK-FILE"])).st_dev
+    where = "[]:"
+    if one["BACK-MAJ:MIN"] is not None:
+        dev = os.makedev(*map(int, str(one["BACK-MAJ:MIN"]).split(":")))
         where = f"[{dev:04d}]:{one['BACK-INO']}"
-    except OSError:
-        where = "[]:"
     text = f"{one['NAME']}: {where} ({one['BACK-FILE']})"
     for name in ("OFFSET", "SIZELIMIT"):
         text += f", {name.lower()} {one[name]}" if one[name] else ""

@@ -80,6 +80,31 @@ def test_shows_a_device_as_losetup_shows_the_kernels_on_such_a_file(
         assert _shape(ours[shown]) == _shape(theirs[shown])
 
 
+@pytest.mark.parametrize("what", ["removed", "replaced", "moved"])
+def test_shows_what_became_of_the_file_as_losetup_does(
+    losetup: Callable[..., str],
+    backing_file: Callable[..., Path],
+    attach_loop: Any,
+    run: Callable[..., str],
+    what: str,
+) -> None:
+    # A bug: a file that was removed was shown as if it were there, and one in its place as it.
+    path = backing_file(MIB)
+    device = losetup("-f --show", path).strip()
+    with attach_loop(path) as loop:
+        path.rename(path.with_suffix(".moved"))
+        if what != "moved":
+            path.with_suffix(".moved").unlink()
+        if what == "replaced":
+            path.touch()
+        theirs = [run("losetup", loop), run("losetup", *WITH_NUMBERS.split(), loop)]
+    assert losetup(device).replace(device, "X") == theirs[0].replace(str(loop), "X")
+    assert _values(losetup(WITH_NUMBERS), device) == _values(theirs[1], str(loop))
+    if what == "replaced":
+        assert losetup("-j", path) == ""
+    losetup("-d", device)
+
+
 def test_sets_up_what_was_asked_for_and_detaches_it(
     losetup: Callable[..., str],
     here: Here,
