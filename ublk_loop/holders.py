@@ -151,6 +151,10 @@ class _Scan:
         return sorted(int(name) for name in names if name.isdigit() and int(name) != os.getpid())
 
     def _command(self, pid: int) -> str:
+        # A server of ublk is no program that its user knows; its device is.
+        for fd in _listed(self._proc / str(pid) / "fd"):
+            if served := re.fullmatch(r"/dev/ublkc(\d+)", _link(fd)):
+                return f"server of ublkb{served[1]}"
         return _text(self._proc / str(pid) / "comm")
 
     def _is_node(self, path: str) -> bool:

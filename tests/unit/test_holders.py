@@ -110,6 +110,15 @@ def test_processes_are_found_by_descriptors_and_mappings_also_of_a_node_that_is_
     ]
 
 
+def test_a_server_is_named_by_its_device_which_is_what_its_user_knows(roots: Roots) -> None:
+    # A bug: "open in pid 40 (python3)", which no user has started.
+    process = roots.process(40, "python3")
+    (process / "fd/3").symlink_to("/dev/ublkb3p1")
+    (process / "fd/4").symlink_to("/dev/ublkc12")
+    [holder] = roots.find()
+    assert str(holder) == "/dev/ublkb3p1 is open in pid 40 (server of ublkb12)"
+
+
 def test_files_of_an_unmounted_file_system_are_found_only_if_nothing_else_is(
     roots: Roots, tmp_path: Path
 ) -> None:
