@@ -81,6 +81,18 @@ def quiesce(dev_id: int, *, force: bool = False) -> bool:
     return has_left
 
 
+def open_files(known: DeviceState) -> list[int]:
+    """Return descriptors of what the device's server has open of its files, for us to close.
+
+    As long as we have one, a loop device does not go that was detached while it was in use.
+    """
+    found = []
+    for path in sharing.files_of(known.server_pid, known.dev_id):
+        with contextlib.suppress(OSError):
+            found.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return found
+
+
 def take_from_server(known: DeviceState) -> bool:
     """Have the device's server leave it; False if it had to be killed.
 
@@ -147,4 +159,4 @@ def _quiesce(dev_id: int) -> None:
         _log.warning("%s", error)
 
 
-__all__ = ["obstacle", "quiesce", "take_from_server", "upgradable"]
+__all__ = ["obstacle", "open_files", "quiesce", "take_from_server", "upgradable"]

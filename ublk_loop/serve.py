@@ -6,6 +6,7 @@ server.
 
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,13 @@ def serve_upgrade(dev_id: int) -> Serve:
 
     def serve(on_added: OnAdded, on_live: OnLive) -> None:
         known = handover.upgradable(dev_id)
+        held = handover.open_files(known)  # until we have them open ourselves
         began = time.monotonic()
         was_killed = not handover.take_from_server(known)
 
         def describe(info: DevInfo, _: Params, now: DeviceState) -> dict[str, Any]:
+            while held:
+                os.close(held.pop())
             return {
                 "pause_ms": round((time.monotonic() - began) * 1000),
                 "was_killed": was_killed,

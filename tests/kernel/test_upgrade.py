@@ -155,6 +155,26 @@ def test_upgrade_is_refused_and_the_server_stays_where_its_file_is_at_its_path_n
     assert _upgrade(daemon, added["dev_id"])["old_server_pid"] == added["server_pid"]
 
 
+def test_device_on_a_loop_device_that_was_detached_meanwhile_is_upgraded(
+    daemon: Daemon,
+    backing_file: Callable[..., Path],
+    pattern: Callable[..., bytes],
+    run: Callable[..., str],
+    open_block: Any,
+) -> None:
+    # A bug: it went with the old server, its last user, and the device with all that was on it.
+    loop = run("losetup", "-f", "--show", backing_file(1 << 20, pattern(1 << 20))).strip()
+    added = daemon.add("-t loop -f", loop)
+    run("losetup", "--detach", loop)
+    new_pid = _upgrade(daemon, added["dev_id"])["server_pid"]
+    with open_block(added["block_device"], read_only=True) as block:
+        assert block.read(0, 1 << 20) == pattern(1 << 20)
+    [shown] = [
+        os.readlink(fd) for fd in Path(f"/proc/{new_pid}/fd").iterdir() if fd.is_block_device()
+    ]
+    assert shown == loop
+
+
 def test_daemon_stays_when_what_is_installed_cannot_take_its_place(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
