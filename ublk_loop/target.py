@@ -751,7 +751,9 @@ def _open_backing(path: str, read_only: bool) -> int:
         raise
     except OSError as error:
         code = error.errno or errno.EIO
-        hint = "serve it with --read-only" if code in (errno.EROFS, errno.EACCES) else ""
+        # EPERM: chattr +i.
+        cannot_write = not read_only and code in (errno.EROFS, errno.EACCES, errno.EPERM)
+        hint = "serve it with --read-only" if cannot_write and os.access(path, os.R_OK) else ""
         raise BackingFileError(code, path, hint) from None
     if stat.S_ISBLK(info.st_mode) and not read_only and _ioctl_u32(fd, _BLKROGET):
         os.close(fd)

@@ -74,6 +74,20 @@ def test_file_on_a_read_only_file_system_is_erofs_unless_served_read_only(
         dev.delete()
 
 
+def test_immutable_file_can_only_be_served_read_only(backing_file, ext4_folder, run) -> None:
+    path = backing_file(MIB, folder=ext4_folder)
+    run("chattr", "+i", path)
+    try:
+        with pytest.raises(BackingFileError) as refused:
+            LoopTarget(path)
+        assert (refused.value.errno, refused.value.hint) == (
+            *(errno.EPERM, "serve it with --read-only"),
+        )
+        LoopTarget(path, read_only=True).close()
+    finally:
+        run("chattr", "-i", path)
+
+
 def test_mounted_block_device_is_ebusy(
     backing_file, attach_loop, mounted, run, raises_errno
 ) -> None:
