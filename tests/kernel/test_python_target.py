@@ -157,7 +157,7 @@ def test_target_that_lacks_what_every_device_needs_is_refused_before_there_is_on
     methods = {defined: vars(MinimalTarget)[defined]} if defined else {}
     is_closed = []
     half = type("Half", (Target,), {**methods, "close": lambda self: is_closed.append(True)})()
-    half.size, half.read_only = MIB, read_only
+    half.size, half.memory, half.read_only = MIB, bytearray(MIB), read_only
     with contextlib.nullcontext() if text is None else pytest.raises(ValueError, match=text):
         device(half)
     assert is_closed == ([] if text is None else [True])
