@@ -758,7 +758,22 @@ def _open_backing(path: str, read_only: bool) -> int:
     if stat.S_ISBLK(info.st_mode) and not read_only and _ioctl_u32(fd, _BLKROGET):
         os.close(fd)
         raise BackingFileError(errno.EROFS, path, "serve it with --read-only")
+    if not read_only:
+        _check_writable(fd, path)
     return fd
+
+
+def _check_writable(fd: int, path: str) -> None:
+    # Opened for writing, and yet none: EINVAL of a file system that only maps files (hugetlbfs),
+    # ETXTBSY of a file that is swap.
+    try:
+        os.pwrite(fd, b"", 0)
+    except OSError as error:
+        os.close(fd)
+        hint = "its file system cannot write: serve it with --read-only"
+        if error.errno == errno.ETXTBSY:
+            hint = "it is in use as swap"
+        raise BackingFileError(error.errno or errno.EIO, path, hint) from None
 
 
 __all__ = [

@@ -88,6 +88,33 @@ def test_immutable_file_can_only_be_served_read_only(backing_file, ext4_folder, 
         run("chattr", "-i", path)
 
 
+def test_file_that_is_swap_is_refused_by_its_name(backing_file, ext4_folder, run) -> None:
+    # A bug: "target loop: Text file busy".
+    path = backing_file(8 * MIB, bytes(8 * MIB), folder=ext4_folder)
+    path.chmod(0o600)
+    run("mkswap", path)
+    run("swapon", path)
+    try:
+        with pytest.raises(BackingFileError) as refused:
+            LoopTarget(path)
+    finally:
+        run("swapoff", path)
+    assert (refused.value.errno, refused.value.what) == (errno.ETXTBSY, str(path))
+
+
+def test_file_in_huge_pages_which_cannot_be_written_is_served_read_only(
+    mounted, raises_errno
+) -> None:
+    # A bug: it was served, and each write failed.
+    with mounted("none", "-t", "hugetlbfs") as folder:
+        path = folder / "file"
+        path.touch()
+        os.truncate(path, 4 * MIB)
+        with raises_errno(errno.EINVAL):
+            LoopTarget(path)
+        LoopTarget(path, read_only=True).close()
+
+
 def test_mounted_block_device_is_ebusy(
     backing_file, attach_loop, mounted, run, raises_errno
 ) -> None:
