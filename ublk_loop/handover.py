@@ -31,16 +31,17 @@ QUIESCED_TIMEOUT_S = 20.0  # once its server is gone
 _log = logging.getLogger(__name__)
 
 
-def upgradable(dev_id: int, *, force: bool = False) -> DeviceState:
+def upgradable(dev_id: int, *, force: bool = False, verb: str = "upgrade") -> DeviceState:
     """Return the state of a device whose server can be replaced.
 
     :param force: though requests fail.
+    :param verb: of the error.
     :raises DriverError: ENODEV.
     :raises DaemonError: ENOENT (not a device of ours); EINVAL (it was not added with recovery);
         EOPNOTSUPP (requests would fail); ENOENT, ..., ESTALE (one of its files is no more at the
         path where the next server opens it).
     """
-    what = f"upgrade dev {dev_id}"
+    what = f"{verb} dev {dev_id}"
     with Control() as control:
         info, known = served_here(control, what, dev_id)
     can_recover = info.flags & uapi.UBLK_F_USER_RECOVERY
@@ -67,7 +68,7 @@ def quiesce(dev_id: int, *, force: bool = False) -> bool:
         would replace the server); ETIMEDOUT (the driver keeps the device as it is).
     """
     what = f"quiesce dev {dev_id}"
-    known = upgradable(dev_id, force=force)
+    known = upgradable(dev_id, force=force, verb="quiesce")
     if known.options.recovery_deadline_s is not None:
         hint = "the daemon would replace its server at once: only for devices added with -r or -i"
         raise DaemonError(errno.EINVAL, what, hint)

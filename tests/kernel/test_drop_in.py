@@ -130,6 +130,7 @@ def test_server_leaves_by_force_where_requests_in_flight_would_fail(
     dev_id = added["dev_id"]
     refused = here("quiesce -n", dev_id)
     assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"ublk: quiesce dev {dev_id}: ")  # a bug: "upgrade dev"
     assert "requests would fail" in refused.stderr
     assert here("quiesce --force -n", dev_id).exit_code == 0
     assert here("recover -n", dev_id).exit_code == 0
