@@ -123,7 +123,8 @@ def device_document(info: DevInfo, params: Params, state: DeviceState | None) ->
         "logical_block_bytes": _block_bytes(params),
         "nr_sectors": _nr_sectors(params),
         "max_io_buf_bytes": info.max_io_buf_bytes,
-        "server_pid": info.ublksrv_pid,
+        # The driver's -1 is not for scripts, which may kill it.
+        "server_pid": info.ublksrv_pid if info.ublksrv_pid > 0 else None,
         "flags": info.flags,
         "flag_names": flag_names(info.flags),
         "char_dev": char_dev,

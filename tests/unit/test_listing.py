@@ -124,6 +124,13 @@ def test_device_document_is_json_and_holds_what_the_text_holds() -> None:
     assert document["policy"] == "auto"
 
 
+def test_device_document_names_no_process_when_there_is_no_server() -> None:
+    # A bug: -1, which kill(1) takes for every process.
+    gone = dataclasses.replace(INFO, ublksrv_pid=-1)
+    assert listing.device_document(gone, PARAMS, STATE)["server_pid"] is None
+    assert listing.device_document(INFO, PARAMS, STATE)["server_pid"] == 1234
+
+
 def test_device_document_of_another_server_has_no_queues_and_no_target() -> None:
     document = listing.device_document(INFO, PARAMS, None)
     assert document["queues"] == []
