@@ -20,6 +20,7 @@ PAGE = mmap.PAGESIZE
 REGION = 2 * MIB
 # Small writes that on any machine take longer than the split of a region is thought to take.
 NR_WRITES = 3000
+NR_PASSES = 12  # of large writes over a region: enough for a split
 LARGE = 256 * KIB  # what a region that was not split has written by the ring
 NR_PLACES = 100  # of a page, in a region, with room between them
 COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
@@ -90,6 +91,30 @@ def test_large_writes_to_a_split_region_go_by_the_mapping_and_keep_their_bytes(
         assert dev.hctxs[0].stats().nr_errors == 0
     assert inside.nr_inline - before.nr_inline == inside.nr_writes - before.nr_writes
     assert path.read_bytes() == model
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_region_that_large_writes_rewrite_while_it_is_dirty_gets_small_folios(
+    device, backing_file, ext4_folder, open_block, pattern, flushes
+) -> None:
+    path = backing_file(2 * REGION, pattern(2 * REGION), folder=ext4_folder)
+    has_large = _nr_pages_in_large_folios(path, 0, REGION)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        for turn in range(NR_PASSES):
+            model = pattern(REGION, seed=turn)
+            for at in range(0, REGION, LARGE):
+                assert client.write(at, model[at : at + LARGE]) == LARGE
+            if flushes:
+                client.flush()
+        assert client.read(0, REGION) == model
+        client.flush()
+        assert dev.hctxs[0].stats().nr_errors == 0
+    assert path.read_bytes()[:REGION] == model
+    nr_large = _nr_pages_in_large_folios(path, 0, REGION)
+    assert nr_large <= 16 or flushes
+    if has_large:
+        assert (nr_large > 16) == flushes
 
 
 @pytest.fixture

@@ -28,6 +28,13 @@
  * large folio 76k).  So a split region is written so, by large writes too: page by
  * page a write call of 1 MiB costs 1.7 times what it does in large folios.
  *
+ * That makes the split worth its cost for large writes alone, which are copied
+ * twice otherwise, or wait for a thread of io_uring's, where they come to the same
+ * place again and again: after so many passes as cost that much more, about.  Only
+ * passes count that found the pages dirty still.  Where they are written back in
+ * between, be it by a flush or as much is dirty, each write is the first time, and
+ * two copies are cheaper.
+ *
  * khugepaged would put them together again, as it does with the pages of any
  * mapping (where transparent huge pages are `always`): each of our writes then
  * dirtied, and each flush wrote, 2 MiB.  So the mapping refuses huge pages.
@@ -50,6 +57,7 @@
 #include "folios.h"
 
 #define REGION_SHIFT	21
+#define PAGE_SHIFT	12
 
 /* What a split takes, until the first one was timed. */
 #define SPLIT_US	2000
@@ -59,6 +67,9 @@
 
 /* Of one write: if it took longer, it waited for something else. */
 #define WRITE_MAX_NS	200000
+
+/* So many pages of large writes to what was dirty: eight times the region. */
+#define LARGE_PAGES	(8 << (REGION_SHIFT - PAGE_SHIFT))
 
 /* Of a split region: after so many writes, its folios may have grown again. */
 #define AGAIN		60000
@@ -72,10 +83,27 @@
 /* Regions without anything to split, one after another, that end the matter. */
 #define VAIN_MAX	8
 
+/* cachestat(2), which libraries from before v6.5 do not know. */
+#define SYS_CACHESTAT	451
+
+struct cache_range {
+	uint64_t		offset_bytes;
+	uint64_t		nr_bytes;
+};
+
+struct cache_stat {
+	uint64_t		nr_cache;	/* pages, as all that follow */
+	uint64_t		nr_dirty;
+	uint64_t		nr_writeback;
+	uint64_t		nr_evicted;
+	uint64_t		nr_recently_evicted;
+};
+
 /* A: atomic, any thread; an addition lost to another one does not matter. */
 struct folios_region {
 	_Atomic uint16_t	cost_us;	/* A: of the small writes so far */
 	_Atomic uint16_t	nr_mapped;	/* A: writes since it was split, and 1 */
+	_Atomic uint16_t	nr_large;	/* A: pages of large writes so far */
 };
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread.
@@ -172,6 +200,36 @@ void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
 	if (cost_us > COST_MAX_US)
 		cost_us = COST_MAX_US;
 	atomic_store_explicit(&region->cost_us, cost_us, memory_order_relaxed);
+}
+
+/* Whether all of a range waits to be written back.  No, before v6.5. */
+static bool folios_are_dirty(const struct ul_folios *f, uint64_t offset_bytes,
+			     uint64_t nr_bytes)
+{
+	struct cache_range range = { f->offset_bytes + offset_bytes, nr_bytes };
+	struct cache_stat stat;
+
+	return !syscall(SYS_CACHESTAT, f->sync_fd, &range, &stat, 0) &&
+	       stat.nr_dirty >= nr_bytes >> PAGE_SHIFT;
+}
+
+void ul_folios_note_large(struct ul_folios *f, uint64_t offset_bytes,
+			  uint64_t nr_bytes)
+{
+	struct folios_region *region = folios_region(f, offset_bytes);
+	uint64_t nr = 0;
+
+	/* A folio is dirty as a whole: only its first write finds it clean. */
+	if (folios_are_dirty(f, offset_bytes, nr_bytes))
+		nr = atomic_load_explicit(&region->nr_large,
+					  memory_order_relaxed) +
+		     (nr_bytes >> PAGE_SHIFT);
+	if (nr >= LARGE_PAGES) {
+		nr = 0;
+		atomic_store_explicit(&region->cost_us, COST_MAX_US,
+				      memory_order_relaxed);
+	}
+	atomic_store_explicit(&region->nr_large, nr, memory_order_relaxed);
 }
 
 bool ul_folios_are_due(const struct ul_folios *f, uint64_t offset_bytes)

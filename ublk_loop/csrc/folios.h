@@ -21,6 +21,9 @@ void ul_folios_destroy(struct ul_folios *folios);
 /* A write call there took nr_ns.  Any thread. */
 void ul_folios_note_write(struct ul_folios *folios, uint64_t offset_bytes,
 			  uint64_t nr_bytes, uint64_t nr_ns);
+/* So much will be written there by other ways than a small call.  Any thread. */
+void ul_folios_note_large(struct ul_folios *folios, uint64_t offset_bytes,
+			  uint64_t nr_bytes);
 /* Whether this place waits for ul_folios_split(); until then writes should not
  * reach the file by another way.  Any thread. */
 bool ul_folios_are_due(const struct ul_folios *folios, uint64_t offset_bytes);

@@ -1209,6 +1209,9 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 	}
 	if (req->nr_bytes > JOINED_MAX && ul_hctx_is_user_copy(req) &&
 	    auto_may_pwrite(t, plug, req, &is_fresh)) {
+		if (t->folios && !is_fresh)
+			ul_folios_note_large(t->folios, req->offset_bytes,
+					     req->nr_bytes);
 		req->registers = auto_registers(t, req);
 		if (req->registers)
 			return UL_RQ_ASYNC;
