@@ -202,7 +202,8 @@ void ul_folios_note_write(struct ul_folios *f, uint64_t offset_bytes,
 	atomic_store_explicit(&region->cost_us, cost_us, memory_order_relaxed);
 }
 
-/* Whether all of a range waits to be written back.  No, before v6.5. */
+/* Whether all of a range waits to be written back.  No, before v6.5, or where
+ * libseccomp does not know the call, so that the sandbox refuses it. */
 static bool folios_are_dirty(const struct ul_folios *f, uint64_t offset_bytes,
 			     uint64_t nr_bytes)
 {
@@ -219,6 +220,8 @@ void ul_folios_note_large(struct ul_folios *f, uint64_t offset_bytes,
 	struct folios_region *region = folios_region(f, offset_bytes);
 	uint64_t nr = 0;
 
+	if (atomic_load_explicit(&f->is_off, memory_order_relaxed))
+		return;
 	/* A folio is dirty as a whole: only its first write finds it clean. */
 	if (folios_are_dirty(f, offset_bytes, nr_bytes))
 		nr = atomic_load_explicit(&region->nr_large,

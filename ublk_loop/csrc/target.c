@@ -1209,7 +1209,8 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 	}
 	if (req->nr_bytes > JOINED_MAX && ul_hctx_is_user_copy(req) &&
 	    auto_may_pwrite(t, plug, req, &is_fresh)) {
-		if (t->folios && !is_fresh)
+		/* Split and not mapped, they would only be slower. */
+		if (t->folios && !is_fresh && !ul_hctx_pins_pages(req))
 			ul_folios_note_large(t->folios, req->offset_bytes,
 					     req->nr_bytes);
 		req->registers = auto_registers(t, req);
