@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .server import Request
 
 _SIZE_SUFFIXES = "KMGTPE"
-_SWITCH = click.Choice(["0", "1"])
+SWITCH = click.Choice(["0", "1"])
 _THEIR_WORDS = {
     "--user_copy": "--usercopy",
     "--zero_copy": "--zerocopy",
@@ -145,10 +145,11 @@ def parse_bytes(text: str) -> int:
 
 
 class _Add(click.Command):
-    """``ublk add``, which takes the words of three other servers.
+    """``ublk add``, which takes the words of four other servers.
 
     ``-u`` and ``-g`` have a value in the reference server's words, and none in kublk's, the
-    kernel's test server. rublk has the type as the first word, and short options of its own.
+    kernel's test server; nor has ``-r`` in those of rublk and miniublk, the server of blktests.
+    rublk has the type as the first word, and short options of its own.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -160,13 +161,11 @@ class _Add(click.Command):
 
 
 def _of_rublk(args: list[str]) -> Iterator[str]:
-    # Where a value follows, -r and -o are the reference server's.
+    # Where a value follows, -o is the reference server's.
     flags = {"-p": "--unprivileged", "-b": "--max_io_buf_bytes", "-a": "--async_await"}
     for arg, next_arg in zip(args, [*args[1:], ""], strict=False):
         if arg == "-o" and not next_arg.isdigit():
             yield "--read_only"
-        elif arg in ("-r", "--user_recovery", "--user-recovery") and next_arg not in ("0", "1"):
-            yield "--user_recovery=1"
         else:
             yield flags.get(arg, arg)
 
@@ -181,6 +180,8 @@ def _in_our_words(ctx: click.Context, args: list[str]) -> Iterator[str]:
             yield "--usercopy"
         elif arg == "-g" and not has_value:
             yield "--need_get_data=1"
+        elif word in ("-r", "--user_recovery") and not value and next_arg[:1] in ("", "-"):
+            yield "--user_recovery=1"
         elif last_arg in ("-t", "--type"):
             yield _type_of(ctx, arg)
         elif word not in meaningless:
@@ -227,24 +228,24 @@ def _type_of(ctx: click.Context, word: str) -> str:
     show_default=True,
     help="Requests in flight in each queue.",
 )
-@click.option("-u", "--uring_comp", type=_SWITCH, default="0", help="URING_CMD_COMP_IN_TASK.")
-@click.option("-g", "--need_get_data", type=_SWITCH, default="0", help="NEED_GET_DATA.")
+@click.option("-u", "--uring_comp", type=SWITCH, default="0", help="URING_CMD_COMP_IN_TASK.")
+@click.option("-g", "--need_get_data", type=SWITCH, default="0", help="NEED_GET_DATA.")
 @click.option(
     "-r",
     "--user_recovery",
-    type=_SWITCH,
+    type=SWITCH,
     help="Keep the device when its server dies: requests in flight fail, new ones wait.",
 )
 @click.option(
     "-i",
     "--user_recovery_reissue",
-    type=_SWITCH,
+    type=SWITCH,
     help="As -r; all requests wait.",
 )
 @click.option(
     "-e",
     "--user_recovery_fail_io",
-    type=_SWITCH,
+    type=SWITCH,
     help="As -r; new ones fail too.",
 )
 @click.option(

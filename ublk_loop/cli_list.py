@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @click.command("list", short_help="Show devices.")
 @number_option(required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Every device; the default.")
 @click.option("-v", "--verbose", is_flag=True, help="All that is known, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list of devices.")
-def list_devices(dev_id: int | None, verbose: bool, as_json: bool) -> None:
+def list_devices(dev_id: int | None, everything: bool, verbose: bool, as_json: bool) -> None:
     """Show one device, or all, whoever serves them.
 
     \b
@@ -30,6 +31,8 @@ def list_devices(dev_id: int | None, verbose: bool, as_json: bool) -> None:
       ublk list -n 0 -v
       ublk list --json
     """
+    if everything and dev_id is not None:
+        raise click.UsageError("-n and -a exclude each other")
     documents = []
     for info, params, known in known_devices(dev_id):
         if as_json:

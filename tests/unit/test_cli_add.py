@@ -80,6 +80,15 @@ def test_add_takes_words_that_say_how_other_servers_work_inside(requests: list[R
     assert requests[0] == requests[1]
 
 
+def test_add_takes_recovery_without_a_value_as_blktests_server_does(
+    requests: list[Request],
+) -> None:
+    for line in ("-t null -n 0 -r", "-t null -r -n 0", "-t null -n 0 -r 1", "null -r -n0"):
+        assert ublk("add", *line.split()).exit_code == 0, line
+    (request,) = set(requests)
+    assert request.options.flags == uapi.UBLK_F_USER_RECOVERY
+
+
 def test_add_takes_the_words_of_rublk(requests: list[Request]) -> None:
     for line in (
         "loop -n 2 -q 2 -d 64 -f /srv/d.img -r -o -a -b 1MiB -u --logical-block-size 4096 --mlock",
@@ -114,7 +123,7 @@ def test_short_options_of_rublk_are_not_those_of_the_reference_server(
     assert not request.spec.read_only
     for line in (
         "-t loop -f /srv/d.img -o",
-        "-t loop -f /srv/d.img -r",
+        "-t loop -r -f",
         "-t null -p",
         "-t null -a",
     ):
