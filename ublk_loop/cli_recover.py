@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import client, listing, protocol, state
-from .cli_add import spec_of
+from .cli_add import SWITCH, spec_of
 from .cli_base import ask, check_n_or_a, exit_if_failed, number_option, tried
 from .errors import DaemonError
-from .serve import serve_upgrade
+from .serve import die_in_recovery, serve_upgrade
 
 if TYPE_CHECKING:
     from .control import DevInfo
@@ -34,8 +34,15 @@ _RELOAD_TIMEOUT_S = 60.0
 @number_option(required=False)
 @click.option("-a", "--all", "everything", is_flag=True, help="Every device that waits for one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the device, or a list, as JSON.")
+@click.option("--die_during_fetch", type=SWITCH, default="0", hidden=True)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def recover(dev_id: int | None, everything: bool, as_json: bool, words: tuple[str, ...]) -> None:
+def recover(
+    dev_id: int | None,
+    everything: bool,
+    as_json: bool,
+    die_during_fetch: str,
+    words: tuple[str, ...],
+) -> None:
     """Serve again a device that was added with recovery and whose server died.
 
     With -a, devices that another program has left without a server are named, not touched. WORDS
@@ -50,6 +57,8 @@ def recover(dev_id: int | None, everything: bool, as_json: bool, words: tuple[st
     check_n_or_a(dev_id, everything)
     if words:
         _check_words(dev_id, words)
+    if die_during_fetch == "1":
+        _die_in_recovery(dev_id)
     if dev_id is not None:
         click.echo(_recover_one(dev_id, as_json), nl=False)
         return
@@ -76,6 +85,14 @@ def _check_words(dev_id: int | None, words: tuple[str, ...]) -> None:
     said, known = spec_of(words), state.read(dev_id)
     if known is not None and _identity(said) != _identity(known.spec):
         raise DaemonError(errno.EINVAL, f"recover dev {dev_id}", f"it is {_identity(known.spec)}")
+
+
+def _die_in_recovery(dev_id: int | None) -> None:
+    from . import manage
+
+    if dev_id is None or manage.recoverable(dev_id).spec.type != "null":
+        raise click.UsageError("--die_during_fetch is for a null device")
+    die_in_recovery(dev_id)
 
 
 def _identity(spec: state.TargetSpec) -> str:

@@ -7,11 +7,12 @@ server.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import listing, protocol
+from . import listing, protocol, uapi
 from .state import DeviceOptions, TargetSpec
 
 if TYPE_CHECKING:
@@ -85,3 +86,23 @@ def serve_upgrade(dev_id: int) -> Serve:
         server.serve(lambda: request, describe, on_added, on_live)
 
     return serve
+
+
+def die_in_recovery(dev_id: int) -> None:
+    """Begin to serve a null device again, and be killed when the first tag is fetched.
+
+    What the kernel's own test server is asked for, to see what the driver makes of it. With
+    BATCH_IO all tags of the first queue are fetched: there is one command for them.
+    """
+    from .control import Control
+    from .device import Device
+    from .target import NullTarget
+
+    class OfFirstTag(Device):
+        def _q_ids_and_tags_of_threads(self) -> list[tuple[range, range]]:
+            is_batch = self.info.flags & uapi.UBLK_F_BATCH_IO
+            return [(range(1), range(self.info.queue_depth if is_batch else 1))]
+
+    with Control() as control:
+        OfFirstTag.recover(control, NullTarget(), dev_id)
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from tables import one_partition
 
 from ublk_loop import uapi
 
@@ -51,6 +53,7 @@ $UBLK del -n 7
 
 # every device goes at once
 $UBLK add -t null >/dev/null
+$UBLK list -a | grep -q LIVE
 $UBLK del -a
 [ -z "$($UBLK list)" ]
 """
@@ -116,6 +119,33 @@ def test_words_of_rublk_are_taken(here: Callable[..., Result], state_dir: Path) 
     assert here("del -n 7").exit_code == 0
 
 
+@pytest.mark.parametrize("options", ["-r 1", "-r 1 -q 2 -d 2", "-i 1"])
+def test_device_is_recovered_or_deleted_after_a_server_died_while_it_fetched(
+    add: Callable[..., dict[str, Any]],
+    here: Callable[..., Result],
+    ublk: Callable[..., subprocess.CompletedProcess[str]],
+    open_block: Any,
+    features: int,
+    options: str,
+) -> None:
+    if not features & uapi.UBLK_F_QUIESCE:
+        return  # Linux 6.12 warns, and refuses the next START_USER_RECOVERY with EINVAL
+    added = add(f"-t fault_inject {options}")
+    dev_id = added["dev_id"]
+    dies = f"recover -n {dev_id} --foreground -t fault_inject --die_during_fetch 1".split()
+    assert ublk(*dies).returncode == 1  # its server lives
+    os.kill(added["server_pid"], signal.SIGKILL)
+    for _ in range(2):
+        assert ublk(*dies).returncode == -signal.SIGKILL
+    assert "state LIVE" in here("recover -n", dev_id).stdout
+    with open_block(added["block_device"]) as client:
+        assert client.read(0, 4096) == bytes(4096)
+    [shown] = json.loads(here("list --json -n", dev_id).stdout)
+    os.kill(shown["server_pid"], signal.SIGKILL)
+    assert ublk(*dies).returncode == -signal.SIGKILL
+    assert here("del -n", dev_id).exit_code == 0
+
+
 def test_server_leaves_by_force_where_requests_in_flight_would_fail(
     here: Callable[..., Result],
     add: Callable[..., dict[str, Any]],
@@ -150,10 +180,7 @@ def test_partitions_are_looked_for_only_when_asked_if_so_told(
     run: Callable[..., str],
     features: int,
 ) -> None:
-    # One partition of type 83 from sector 2048 on, 2,048 sectors long.
-    entry = bytes(4) + b"\x83" + bytes(3) + (2048).to_bytes(4, "little") * 2
-    table = bytes(446) + entry + bytes(48) + b"\x55\xaa"
-    path = backing_file(4 << 20, table)
+    path = backing_file(4 << 20, one_partition())
     if not features & uapi.UBLK_F_NO_AUTO_PART_SCAN:
         refused = here("add -t loop --no_auto_part_scan", path)
         assert (refused.exit_code, refused.stdout) == (1, "")
