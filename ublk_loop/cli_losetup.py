@@ -17,13 +17,13 @@ from typing import Any
 
 import click
 
+from . import __version__, uapi
 from . import losetup as formats
-from . import uapi
 from .cli_add import add_device, parse_bytes
 from .cli_base import CONTEXT, exit_if_failed
 from .cli_del import delete_one
 from .cli_list import known_devices
-from .errors import BackingFileError, DaemonError
+from .errors import BackingFileError, DaemonError, UblkLoopError
 
 _SECTOR_SIZES = click.Choice(["512", "1024", "2048", "4096"])
 _COLUMN_HELP = "\n".join(f"  {name:<12}  {text}" for name, (_, text) in formats.COLUMNS.items())
@@ -73,11 +73,13 @@ def _columns(_: click.Context, __: click.Parameter, text: str | None) -> tuple[s
 @click.option("-f", "--find", is_flag=True, help="Use, or print, the first free device.")
 @click.option("-c", "--set-capacity", metavar="DEVICE", help="Take the file's size anew.")
 @click.option("-j", "--associated", metavar="FILE", help="Show the devices of a file.")
-@click.option("-L", "--nooverlap", is_flag=True, help="With -f: use the device that there is.")
+@click.option(
+    "-L", "--nooverlap", is_flag=True, help="No second device on a part; with -f: use the first."
+)
 @click.option("-o", "--offset", callback=_offset, metavar="BYTES", help="Begin there in the file.")
 @click.option("--sizelimit", callback=_sizelimit, metavar="BYTES", help="At most so much of it.")
 @click.option("-b", "--sector-size", type=_SECTOR_SIZES, help="Logical block size.")
-@click.option("-P", "--partscan", is_flag=True, help="Partitions are always looked for.")
+@click.option("-P", "--partscan", is_flag=True, help="Look for partitions.")
 @click.option("-r", "--read-only", is_flag=True, help="A read-only device.")
 @click.option(
     "--direct-io", type=click.Choice(["on", "off"]), help="[=on|off] Past the page cache."
@@ -89,6 +91,8 @@ def _columns(_: click.Context, __: click.Parameter, text: str | None) -> tuple[s
 @click.option("-n", "--noheadings", is_flag=True, help="Without headings.")
 @click.option("--raw", is_flag=True, help="Columns without padding.")
 @click.option("-J", "--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Without effect.")
+@click.version_option(__version__, "-V", "--version", message="ublk losetup %(version)s")
 @click.argument("names", nargs=-1, metavar="[DEVICE] [FILE]")
 def losetup(names: tuple[str, ...], **given: Any) -> None:
     """Set up and control devices with the command line of losetup(8).
@@ -120,7 +124,7 @@ def losetup(names: tuple[str, ...], **given: Any) -> None:
 
 
 def _attach(dev_id: int | None, path: str, given: dict[str, Any]) -> None:
-    name = _same_device(path, given) if given["nooverlap"] and dev_id is None else None
+    name = _same_device(dev_id, path, given) if given["nooverlap"] else None
     if name is None:
         name = add_device(_add_words(dev_id, path, given))["block_device"]
     if given["show"]:
@@ -139,16 +143,32 @@ def _add_words(dev_id: int | None, path: str, given: dict[str, Any]) -> list[str
         words += ["--sector_size", given["sector_size"]]
     if given["direct_io"]:
         words += ["--direct_io" if given["direct_io"] == "on" else "--buffered_io"]
+    if not given["partscan"] and _need_not_scan():
+        words.append("--no_auto_part_scan")
     return words + ["-R"] * given["read_only"]
 
 
-def _same_device(path: str, given: dict[str, Any]) -> str | None:
+def _need_not_scan() -> bool:
+    from .control import Control
+
+    try:
+        with Control() as control:
+            return bool(control.get_features() & uapi.UBLK_F_NO_AUTO_PART_SCAN)
+    except UblkLoopError:
+        return False  # ublk add says what is wrong with the driver, after what is with the words
+
+
+def _same_device(dev_id: int | None, path: str, given: dict[str, Any]) -> str | None:
+    part = (given["offset"] or 0, given["sizelimit"] or 0)
     for one in _rows_of_file(path):
-        wanted = (given["offset"] or 0, given["sizelimit"] or 0, given["read_only"])
-        if (one["OFFSET"], one["SIZELIMIT"], one["RO"]) == wanted:
+        theirs = (int(one["OFFSET"] or 0), int(one["SIZELIMIT"] or 0))
+        if formats.are_apart(part, theirs):
+            continue
+        may_be_used = given["read_only"] or not one["RO"]
+        if dev_id is None and part == theirs and may_be_used:
             return str(one["NAME"])
-        hint = f"{one['NAME']} has it, with another offset, size limit or mode"
-        raise BackingFileError(errno.EBUSY, path, hint)
+        has = "it, or a part of it" if may_be_used else "it, read-only"
+        raise BackingFileError(errno.EBUSY, path, f"{one['NAME']} has {has}")
     return None
 
 

@@ -37,6 +37,8 @@ DEFAULT_COLUMNS = (
     *("NAME", "SIZELIMIT", "OFFSET", "AUTOCLEAR", "RO", "BACK-FILE", "DIO", "LOG-SEC"),
 )
 
+_NO_PARTITIONS = uapi.UBLK_F_NO_AUTO_PART_SCAN | uapi.UBLK_F_UNPRIVILEGED_DEV
+
 Row = dict[str, "str | int | bool | None"]
 
 
@@ -55,7 +57,7 @@ def row(info: DevInfo, params: Params, known: DeviceState | None) -> Row | None:
         "MAJ:MIN": f"{devt.disk_major}:{devt.disk_minor}" if devt else None,
         "OFFSET": spec.offset_bytes,
         # The driver looks for them as it does on any disk, but not on a plain user's.
-        "PARTSCAN": not info.flags & uapi.UBLK_F_UNPRIVILEGED_DEV,
+        "PARTSCAN": not info.flags & _NO_PARTITIONS,
         "RO": spec.read_only,
         "SIZELIMIT": spec.limit_bytes or 0,
         "DIO": bool(spec.direct),
@@ -93,6 +95,12 @@ def parse_columns(text: str) -> tuple[str, ...]:
         if name not in COLUMNS:
             raise ValueError(f"unknown column {name!r}; there are {', '.join(COLUMNS)}")
     return names
+
+
+def are_apart(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether parts of a file, offset and length (0: to its end), have none in common."""
+    (first, nr_bytes), (second, _) = sorted((one, other))
+    return 0 < nr_bytes <= second - first
 
 
 def document(rows: Iterable[Row], columns: Sequence[str]) -> dict[str, Any]:
@@ -135,6 +143,7 @@ __all__ = [
     "COLUMNS",
     "DEFAULT_COLUMNS",
     "Row",
+    "are_apart",
     "document",
     "line",
     "parse_columns",

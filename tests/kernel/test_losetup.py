@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from tables import one_partition
 
 from ublk_loop import uapi
 from ublk_loop.control import list_dev_ids
@@ -183,3 +184,78 @@ def test_capacity_follows_the_file_up_to_the_limit_where_the_driver_can(
     # A new server takes the new size.
     [shown] = json.loads(here("list --json -n", device.removeprefix("/dev/ublkb")).stdout)
     assert shown["target"]["dev_size"] == 4 * MIB - 4096
+
+
+@pytest.mark.parametrize("option", ["", "-P"])
+def test_partitions_are_looked_for_where_losetup_looks_for_them(
+    losetup: Callable[..., str],
+    backing_file: Callable[..., Path],
+    run: Callable[..., str],
+    features: int,
+    option: str,
+) -> None:
+    # A bug: partx -a failed on a device that was set up without -P, as there were partitions.
+    path = backing_file(4 * MIB, one_partition())
+    device = losetup(f"-f --show {option}", path).strip()
+    loop = run("losetup", "-f", "--show", *option.split(), path).strip()
+    try:
+        is_there = {one: Path(f"{one}p1").exists() for one in (device, loop)}
+        shown = [losetup("-n -O PARTSCAN", device), run("losetup", "-n", "-O", "PARTSCAN", loop)]
+        assert is_there[loop] == bool(option)
+        if features & uapi.UBLK_F_NO_AUTO_PART_SCAN:
+            assert is_there[device] == is_there[loop]
+            assert shown[0].strip() == shown[1].strip()
+        else:
+            assert is_there[device]
+            assert shown[0].strip() == "1"
+        if not is_there[device]:
+            run("partx", "-a", device)
+            assert Path(f"{device}p1").exists()
+    finally:
+        run("losetup", "-d", loop)
+        losetup("-d", device)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("", "-f"),
+        ("", "-f -r"),
+        ("-r", "-f"),
+        ("-r", "-f -r"),
+        ("", "-f -o 4096"),
+        ("--sizelimit 1M", "-f -o 1M"),
+        ("-o 1M", "-f --sizelimit 1M"),
+        ("-o 1M --sizelimit 2M", "-f -o 2M --sizelimit 1M"),
+        ("", "DEVICE"),
+        ("--sizelimit 1M", "DEVICE -o 1M"),
+    ],
+)
+def test_nooverlap_takes_and_refuses_what_losetup_does(
+    losetup: Callable[..., str],
+    here: Here,
+    backing_file: Callable[..., Path],
+    first: str,
+    second: str,
+) -> None:
+    # A bug: parts that have nothing in common were refused, and with a device's name all was taken.
+    path = str(backing_file(4 * MIB))
+
+    def theirs(line: str, *words: str) -> tuple[int, str]:
+        done = subprocess.run(["losetup", *line.split(), *words], capture_output=True, text=True)
+        return done.returncode, done.stdout.strip()
+
+    def ours(line: str, *words: str) -> tuple[int, str]:
+        result = here(f"losetup {line}", *words)
+        return result.exit_code, result.stdout.strip()
+
+    outcomes = []
+    for run_losetup in (theirs, ours):
+        exit_code, device = run_losetup(f"-L --show -f {first}", path)
+        assert exit_code == 0
+        _, free = run_losetup("-f")
+        exit_code, other = run_losetup(f"-L --show {second.replace('DEVICE', free)}", path)
+        outcomes.append((exit_code, other == device))
+        for each in {device, other} - {""}:
+            assert run_losetup("-d", each)[0] == 0
+    assert outcomes[0] == outcomes[1]

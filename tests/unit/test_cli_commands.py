@@ -51,7 +51,9 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "help -t nbd",
         "delete -n 0",
         "--numbr 0",
-        "losetup -v -f /srv/d.img",
+        "list -n 0 -a",
+        "recover -a --die_during_fetch 1",
+        "losetup -e -f /srv/d.img",
         "losetup -f /srv/d.img /srv/e.img",
     ],
 )
@@ -70,7 +72,8 @@ def test_ublk_alone_exits_with_2_and_shows_the_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["del -n 0", "list", "list --json", "list -n 0 -v", "recover -n 0", "features"]
+    "line",
+    ["del -n 0", "list", "list -a", "list --json", "list -n 0 -v", "recover -n 0", "features"],
 )
 @pytest.mark.usefixtures("no_driver")
 def test_a_command_says_how_to_load_the_driver_when_there_is_none(line: str) -> None:
@@ -99,6 +102,8 @@ def test_set_affinity_fails_when_the_device_is_not_ours(
 def test_version_is_printed_with_the_reference_servers_option() -> None:
     for option in ("-v", "--version"):
         assert ublk(option).stdout == f"ublk-loop {__version__}\n"
+    for option in ("-V", "--version"):
+        assert ublk("losetup", option).stdout == f"ublk losetup {__version__}\n"
 
 
 def test_help_shows_every_command() -> None:

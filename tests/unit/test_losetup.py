@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from ublk_loop import cli, losetup
+from ublk_loop import cli, cli_losetup, losetup
 from ublk_loop.control import DevInfo
 from ublk_loop.losetup import DEFAULT_COLUMNS, Row
 from ublk_loop.params import BasicParams, DevtParams, Params
@@ -48,8 +48,6 @@ def rows(tmp_path: Path) -> list[Row]:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> Asked:
     """The words that reached ``ublk add``; the devices that there are are ``rows``."""
-    from ublk_loop import cli_losetup
-
     words: Asked = []
 
     def add_device(given: list[str]) -> dict[str, Any]:
@@ -58,6 +56,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> Asked:
 
     monkeypatch.setattr(cli_losetup, "add_device", add_device)
     monkeypatch.setattr(cli_losetup, "_rows", lambda dev_id=None: rows)
+    monkeypatch.setattr(cli_losetup, "_need_not_scan", lambda: False)
     return words
 
 
@@ -110,13 +109,39 @@ def test_a_device_may_be_named_and_direct_io_switched_off(asked: Asked) -> None:
     assert asked == [["-t", "loop", "-f", "disk.img", "-n", "7", "--buffered_io"]]
 
 
+def test_partitions_are_looked_for_if_asked_where_the_driver_can_leave_them(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_losetup, "_need_not_scan", lambda: True)
+    assert _losetup("-f", "disk.img").exit_code == 0
+    assert _losetup("-fP", "disk.img").exit_code == 0
+    words = ["-t", "loop", "-f", "disk.img"]
+    assert asked == [[*words, "--no_auto_part_scan"], words]
+
+
 def test_nooverlap_uses_the_device_that_serves_the_same_part(asked: Asked, tmp_path: Path) -> None:
     path = tmp_path / "a file"
     assert _losetup("-L", "-f", "--show", path).output == "/dev/ublkb0\n"
-    overlapping = _losetup("-L", "-f", "-o", "4096", path)
-    assert overlapping.exit_code == 1
-    assert "/dev/ublkb0 has it" in overlapping.stderr
+    assert _losetup("-L", "-f", "--show", "-r", path).output == "/dev/ublkb0\n"
+    for words in (["-f", "-o", "4096", path], ["/dev/ublkb3", path]):
+        overlapping = _losetup("-L", *words)
+        assert (overlapping.exit_code, overlapping.stdout) == (1, "")
+        assert "/dev/ublkb0 has it, or a part of it" in overlapping.stderr
     assert asked == []
+
+
+def test_nooverlap_adds_a_device_where_another_has_another_part(
+    asked: Asked, rows: list[Row], tmp_path: Path
+) -> None:
+    del rows[0]  # the other one is read-only, and has 1 MiB from byte 512 on
+    path = tmp_path / "a file"
+    for words in ("--sizelimit 512", "-o 1049088"):
+        assert _losetup("-L", "-f", "--show", *words.split(), path).output == "/dev/ublkb3\n"
+    assert len(asked) == 2
+    reads = _losetup("-L", "-f", "-o", "512", "--sizelimit", "1M", path)
+    assert (reads.exit_code, reads.stdout) == (1, "")
+    assert "/dev/ublkb12 has it, read-only" in reads.stderr
+    assert len(asked) == 2
 
 
 def test_shows_the_devices_of_a_file_and_an_offset(asked: Asked, tmp_path: Path) -> None:
