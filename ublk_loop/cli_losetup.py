@@ -145,7 +145,16 @@ def _add_words(dev_id: int | None, path: str, given: dict[str, Any]) -> list[str
         words += ["--direct_io" if given["direct_io"] == "on" else "--buffered_io"]
     if not given["partscan"] and _need_not_scan():
         words.append("--no_auto_part_scan")
-    return words + ["-R"] * given["read_only"]
+    return words + ["-R"] * (given["read_only"] or _is_write_protected(path))
+
+
+def _is_write_protected(path: str) -> bool:
+    # losetup serves such a file read-only, without being told to.
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in (errno.EROFS, errno.EACCES)
+    return False
 
 
 def _need_not_scan() -> bool:

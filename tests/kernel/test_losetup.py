@@ -186,6 +186,27 @@ def test_capacity_follows_the_file_up_to_the_limit_where_the_driver_can(
     assert shown["target"]["dev_size"] == 4 * MIB - 4096
 
 
+def test_file_that_cannot_be_written_is_set_up_read_only_as_by_losetup(
+    losetup: Callable[..., str], run: Callable[..., str], tmp_path: Path
+) -> None:
+    # A bug: a file on a read-only file system was refused unless -r was said.
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "none", folder)
+    path = folder / "file"
+    path.write_bytes(bytes(MIB))
+    run("mount", "-o", "remount,ro", folder)
+    try:
+        device = losetup("-f --show", path).strip()
+        loop = run("losetup", "-f", "--show", path).strip()
+        shown = [losetup("-n -O RO", device), run("losetup", "-n", "-O", "RO", loop)]
+        run("losetup", "-d", loop)
+        losetup("-d", device)
+    finally:
+        run("umount", "--lazy", folder)
+    assert [each.strip() for each in shown] == ["1", "1"]
+
+
 @pytest.mark.parametrize("option", ["", "-P"])
 def test_partitions_are_looked_for_where_losetup_looks_for_them(
     losetup: Callable[..., str],
