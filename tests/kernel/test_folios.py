@@ -117,6 +117,22 @@ def test_region_that_large_writes_rewrite_while_it_is_dirty_gets_small_folios(
         assert (nr_large > 16) == flushes
 
 
+def test_region_of_a_sparse_file_that_large_writes_rewrite_gets_small_folios(
+    device, backing_file, ext4_folder, open_block, pattern
+) -> None:
+    """What the ring had written was taken for new for ever, and new pages do not count."""
+    path = backing_file(2 * REGION, folder=ext4_folder)
+    dev = device(LoopTarget(path), policy="auto")
+    with open_block(dev.block_path) as client:
+        for turn in range(NR_PASSES):
+            model = pattern(REGION, seed=turn)
+            for at in range(0, REGION, LARGE):
+                assert client.write(at, model[at : at + LARGE]) == LARGE
+        assert client.read(0, REGION) == model
+    assert path.read_bytes()[:REGION] == model
+    assert _nr_pages_in_large_folios(path, 0, REGION) <= 16
+
+
 @pytest.fixture
 def khugepaged(wait_until):
     """A function that has khugepaged look at all memory of all processes."""

@@ -646,7 +646,7 @@ static void hctx_handle_async(struct ul_hctx *h, struct ul_request *req,
 		return;
 	}
 	if (res >= 0)
-		ul_target_note_read(h->target, req);
+		ul_target_note_async(h->target, req);
 	if (ul_hctx_is_registered(req))
 		req->res = res;
 	else

@@ -896,10 +896,10 @@ bool ul_target_has_map(const struct ul_target *t)
 	return t->map;
 }
 
-void ul_target_note_read(const struct ul_target *t,
-			 const struct ul_request *req)
+void ul_target_note_async(const struct ul_target *t,
+			  const struct ul_request *req)
 {
-	if (t->map && req->op == UBLK_IO_OP_READ && !req->past_cache)
+	if (t->map && !req->past_cache)
 		ul_map_note_resident(t->map, req->offset_bytes, req->nr_bytes);
 }
 

@@ -147,8 +147,8 @@ static inline bool ul_request_is_undone(const struct ul_request *req,
 }
 
 /* UL_RQ_ASYNC did it. */
-void ul_target_note_read(const struct ul_target *target,
-			 const struct ul_request *req);
+void ul_target_note_async(const struct ul_target *target,
+			  const struct ul_request *req);
 
 void ul_plug_init(struct ul_plug *plug);
 void ul_request_init(struct ul_request *req);
