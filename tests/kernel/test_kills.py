@@ -19,7 +19,7 @@ from servers import REISSUE
 from ublk_loop import uapi
 from ublk_loop.errors import DriverError
 
-NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "27"))  # in three kinds of device
+NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "28"))  # in four kinds of device
 
 
 @pytest.mark.deadline(240 + 6 * NR_KILLS)
@@ -28,9 +28,10 @@ NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "27"))  # in three kinds o
     [
         ("auto", True, "ext4", {"nr_hw_queues": 2}),
         ("auto", False, "tmpfs", {"flags": uapi.UBLK_F_USER_COPY}),
+        ("auto", False, "ext4", {}),
         ("2014", False, "ext4", {"batch": False}),
     ],
-    ids=["auto-direct", "auto-tmpfs-user_copy", "2014-no_batch"],
+    ids=["auto-direct", "auto-tmpfs-user_copy", "auto-ext4", "2014-no_batch"],
 )
 def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
     verifying_load,
@@ -44,11 +45,12 @@ def test_kills_and_stops_at_any_moment_lose_nothing_and_show_no_error(
     options,
 ) -> None:
     rng = random.Random(f"{policy} {direct} {backing}")
-    path = backing_file(DEV_BYTES, folder=backing_folder[backing])
+    # In large folios, which are split under the load.
+    path = backing_file(DEV_BYTES, bytes(DEV_BYTES), folder=backing_folder[backing])
     options = {**options, "flags": options.get("flags", 0) | REISSUE}
     dev = apart(path, direct=direct, policy=policy, **options)
     load = verifying_load(dev.block_path)
-    for _ in range(NR_KILLS // 3):
+    for _ in range(NR_KILLS // 4):
         before = nr_written(dev.dev_id)
         wait_until(lambda before=before: nr_written(dev.dev_id) > before, timeout_s=30)
         time.sleep(rng.random() / 5)  # any moment: there is nothing to wait for

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from records import Records
+from records import NR_SLOTS, SLOT_BYTES, Records
 from write_log import WriteLog, send_mark
 
 from ublk_loop.target import LoopTarget
 
+KIB = 1 << 10
 MIB = 1 << 20
+NR_PASSES = 12  # of large writes over what records are written to: enough for a split
 DISK_BYTES = 448 * MIB
 NR_CUTS = int(os.environ.get("UBLK_LOOP_SOAK_CUTS", "5"))
 NR_RECORDS = max(24, 2 * NR_CUTS)
@@ -34,10 +36,13 @@ class Stack:
     policy: str
     direct: bool
     dev_bytes: int
+    slot_bytes: int = SLOT_BYTES
+    is_split: bool = False  # the records are large writes to small folios, by the mapping
 
 
 STACKS = {
     "raw": Stack("", "auto", False, 8 * MIB),
+    "split": Stack("", "auto", False, 8 * MIB, 256 * KIB, is_split=True),
     "ext4": Stack("ext4", "auto", True, 32 * MIB),
     "xfs": Stack("xfs", "2014", False, 320 * MIB),
 }
@@ -85,6 +90,12 @@ def made_disk(attach_loop, mounted, run, tmp_path):
     return made_disk
 
 
+def _split(client, stack: Stack) -> None:
+    for _ in range(NR_PASSES):
+        for slot in range(NR_SLOTS):
+            client.write(slot * stack.slot_bytes, bytes(stack.slot_bytes))
+
+
 @pytest.fixture
 def store(mounted):
     """``with store(stack, dev) as place``: the device itself, or what is mounted from it."""
@@ -103,7 +114,7 @@ def store(mounted):
 @pytest.mark.deadline(120 + 20 * NR_CUTS)
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
 def test_synced_records_are_there_after_a_cut_at_any_moment(
-    made_disk, logged, store, mounted, attach_loop, apart, device, run, tmp_path, stack
+    made_disk, logged, store, mounted, attach_loop, apart, device, open_block, run, tmp_path, stack
 ) -> None:
     run("modprobe", "--all", "dm_log_writes", stack.file_system or "ext4", check=False)
     disk = made_disk(stack)
@@ -112,8 +123,12 @@ def test_synced_records_are_there_after_a_cut_at_any_moment(
     with logged(disk) as (below, name), mounted(below) as folder:
         dev = apart(folder / "backing", direct=stack.direct, policy=stack.policy)
         try:
+            if stack.is_split:
+                with open_block(dev.block_path) as client:
+                    _split(client, stack)
             with store(stack, dev.block_path) as place:
-                Records(place, SEED).write(0, NR_RECORDS, lambda n: send_mark(name, str(n)))
+                records = Records(place, SEED, stack.slot_bytes)
+                records.write(0, NR_RECORDS, lambda n: send_mark(name, str(n)))
         finally:
             dev.delete()
     log = WriteLog(tmp_path / "log")
@@ -129,7 +144,8 @@ def test_synced_records_are_there_after_a_cut_at_any_moment(
             dev = device(LoopTarget(folder / "backing"))
             try:
                 with store(stack, dev.block_path) as place:
-                    Records(place, SEED).check(range(nr_acknowledged), nr_acknowledged + 1)
+                    records = Records(place, SEED, stack.slot_bytes)
+                    records.check(range(nr_acknowledged), nr_acknowledged + 1)
             finally:
                 dev.delete()
     assert len(log.marks(len(log.entries))) == NR_RECORDS

@@ -1,8 +1,8 @@
 """A writer with known fsync points, and a check of what must be there after the power went.
 
-A store is 16 slots: of a block device 16 places, in a folder 16 files. Record n goes to one slot,
-8 bytes over and over that say n and the slot; once it is synced, n is acknowledged. Files are
-overwritten in place, or replaced by rename. Some records more are written without a sync.
+A store is 16 slots of one size: of a block device 16 places, in a folder 16 files. Record n goes to
+one slot, 8 bytes over and over that say n and the slot; once it is synced, n is acknowledged. Files
+are overwritten in place, or replaced by rename. Some records more are written without a sync.
 
 After a cut, each word of a slot must be of a record that is not older than the last acknowledged
 one of this slot: newer ones may be there or not, and may be torn in place.
@@ -27,9 +27,10 @@ SLOT_BYTES = 32 * 1024
 class Records:
     """A store at ``place``; ``seed`` decides what each record is like."""
 
-    def __init__(self, place: Path, seed: int) -> None:
+    def __init__(self, place: Path, seed: int, slot_bytes: int = SLOT_BYTES) -> None:
         self._place = place
         self._seed = seed
+        self._slot_bytes = slot_bytes
         self._is_folder = place.is_dir()
 
     def write(self, begin: int, end: int, acknowledge: Callable[[int], None]) -> None:
@@ -63,7 +64,7 @@ class Records:
         slot = self._slot(rng)
         data = self._data(n, slot)
         if not self._is_folder:
-            self._write_at(self._place, slot * SLOT_BYTES, data, rng)
+            self._write_at(self._place, slot * self._slot_bytes, data, rng)
         elif rng.random() < 0.5 and self._file(slot).exists():
             self._write_at(self._file(slot), 0, data, rng)
         else:
@@ -97,17 +98,17 @@ class Records:
         return self._place / f"slot{slot}"
 
     def _data(self, n: int, slot: int) -> bytes:
-        return struct.pack("=II", n + 1, slot) * (SLOT_BYTES // 8)
+        return struct.pack("=II", n + 1, slot) * (self._slot_bytes // 8)
 
     def _found(self, slot: int) -> set[int]:
         """The records that a slot holds something of; nothing but zeroes is record -1."""
         if not self._is_folder:
             with self._place.open("rb") as file:
-                file.seek(slot * SLOT_BYTES)
-                data = file.read(SLOT_BYTES)
+                file.seek(slot * self._slot_bytes)
+                data = file.read(self._slot_bytes)
         elif self._file(slot).exists():
             data = self._file(slot).read_bytes()
-            assert len(data) == SLOT_BYTES, f"{self._file(slot)} has {len(data)} bytes"
+            assert len(data) == self._slot_bytes, f"{self._file(slot)} has {len(data)} bytes"
         else:
             return set()
         words = set(struct.iter_unpack("=II", data))
