@@ -516,15 +516,19 @@ def _serve_here(request: Request, as_json: bool) -> None:
     from . import scheduler, server
 
     logging.basicConfig(format="ublk: %(message)s", level=logging.WARNING)
+    apart = scheduler.Apart()
 
     def on_added(dev_id: int, sysfs_ino: int, warning: str) -> None:
         if warning:
             warn(warning)
 
     def on_live(dev_id: int, text: str) -> None:
-        scheduler.wait_for(scheduler.set_apart(dev_id))
+        apart.set(dev_id)
         click.echo(text, nl=False)
         sys.stdout.flush()
 
     show = partial(listing.shown, as_json=as_json, two_lines=client.two_lines())
-    server.serve(lambda: request, show, on_added, on_live)
+    try:
+        server.serve(lambda: request, show, on_added, on_live)
+    finally:
+        apart.close()

@@ -67,7 +67,7 @@ class Daemon:
 
     def __init__(self, listener: socket.socket, config_path: str, boots: bool) -> None:
         self.loop = events.Loop()
-        self.standby = Standby(self.loop, _do_apart, _rehearse)
+        self.standby = Standby(self.loop, _do_apart, _rehearse, scheduler.set_when_told)
         self.servers = StandbyServer(self.loop, "add", serve_new)
         self._listener = listener
         self._config_path = config_path
@@ -255,10 +255,10 @@ class Adding:
         self._loop = daemon.loop
         self._reply = done
         self._is_answered = False
-        reader, answer_fd = daemon.standby.ask(request)
-        self._launch = daemon.servers.take(answer_fd)
-        os.close(answer_fd)
-        self._loop.watch(reader.fileno(), lambda: let_go(self._loop, reader))
+        self._reader = daemon.standby.ask(request)
+        self._launch = daemon.servers.take(self._reader.answer_fd)
+        os.close(self._reader.answer_fd)
+        self._loop.watch(self._reader.process.fileno(), self._reader_ended)
         self._loop.watch(self._launch.report_fd, self._reported)
         self._timer = self._loop.call_later(LAUNCH_TIMEOUT_S, self._timed_out)
 
@@ -286,15 +286,14 @@ class Adding:
     def _set_scheduler(self) -> None:
         # Before the reply: while the kernel changes it, new requests wait until all in flight are
         # over, and a client's may be held up by the backing.
-        launch = self._launch
-        helper = scheduler.set_apart(launch.dev_id)
-        self._timer = self._loop.call_later(scheduler.WAIT_S, self._answer)
+        is_there = self._reader.tell(b"%d" % self._launch.dev_id)
+        self._reader.hang_up()
+        self._timer = self._loop.call_later(scheduler.WAIT_S if is_there else 0, self._answer)
 
-        def ended() -> None:
-            let_go(self._loop, helper)
+    def _reader_ended(self) -> None:
+        let_go(self._loop, self._reader.process)
+        if self._launch.is_live:
             self._answer()
-
-        self._loop.watch(helper.fileno(), ended)
 
     def _answer(self) -> None:
         if self._is_answered:
@@ -313,6 +312,7 @@ class Adding:
         if launch.report_fd < 0:
             return
         self._close()
+        self._reader.hang_up()
         # Waits for the server's end; the reply says that nothing is left, so it comes after that.
         helper = process.fork(lambda: _take_back(launch), keep=[launch.process.fileno()])
 
@@ -343,25 +343,26 @@ class Running:
         self._daemon.nr_under_way += 1
         self._loop = daemon.loop
         self._done = done
-        self._child, self._answer_fd = daemon.standby.ask(request)
+        self._child = daemon.standby.ask(request)
+        self._child.hang_up()
         self._answer = b""
-        self._loop.watch(self._answer_fd, self._read)
+        self._loop.watch(self._child.answer_fd, self._read)
 
     def abandon(self) -> None:
         """End the command: nobody waits for it any more."""
-        self._child.send(signal.SIGTERM)
+        self._child.process.send(signal.SIGTERM)
 
     def _read(self) -> None:
-        data = os.read(self._answer_fd, 65536)
+        data = os.read(self._child.answer_fd, 65536)
         self._answer += data
         if data:
             return
-        self._loop.unwatch(self._answer_fd)
-        os.close(self._answer_fd)
-        self._loop.watch(self._child.fileno(), self._ended)
+        self._loop.unwatch(self._child.answer_fd)
+        os.close(self._child.answer_fd)
+        self._loop.watch(self._child.process.fileno(), self._ended)
 
     def _ended(self) -> None:
-        let_go(self._loop, self._child)
+        let_go(self._loop, self._child.process)
         try:
             reply = protocol.parse_reply(self._answer)
         except ValueError:
@@ -498,6 +499,7 @@ def _do_apart(request: protocol.Request) -> bytes:
 
 def _rehearse() -> None:
     _read_words(protocol.Add(("-t", "null")))
+    scheduler.set_scheduler(-1)  # there is none
 
 
 def _run_command(request: protocol.Run) -> bytes:

@@ -216,7 +216,7 @@ def launch_server(
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait_live(launched, time.monotonic() + timeout_s)
-        scheduler.wait_for(scheduler.set_apart(launched.dev_id))
+        scheduler.Apart().set(launched.dev_id)
         if launched.warning:
             on_warning(launched.warning)
         return launched.live

@@ -1,37 +1,29 @@
 """A device's scheduler: none, where the kernel would choose another.
 
-    set_scheduler()  sets it, and waits
-    set_apart()      has a process of its own set it
-    wait_for()       waits for that process, but not for ever
+    set_scheduler()   sets it, and waits
+    set_when_told()   the same for the device whose number comes by a pipe
+    Apart             a process of its own that does that
 
 While the kernel changes a scheduler it begins no new request until all in flight are over, among
 them those of its search for partitions. If the backing stands still, whoever changes it waits with
-them, and cannot even be killed. In: a dev_id. Out: what is in sysfs. No driver, no ring.
+them, and cannot even be killed. So it is no server that changes it, and nobody waits for ever for
+the process that does. In: a dev_id. Out: what is in sysfs. No driver, no ring.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from pathlib import Path
 
-from .process import ServerProcess
+from .process import fork
 
 WAIT_S = 30.0
 # The kernel only tries for a lock (EBUSY) that others hold for a moment.
 BUSY_TIMEOUT_S = 5.0
 _PATH = "/sys/block/ublkb{}/queue/scheduler"
-# set_scheduler() for a shell, which takes a fifth of the time of a fork of ours.
-_SCRIPT = """
-cd /
-tries=250
-until read -r now <"$1" && case $now in *"[none]"*) ;; *) echo none >"$1" ;; esac; do
-    tries=$((tries - 1))
-    [ -w "$1" ] && [ $tries -gt 0 ] || exit 1
-    sleep 0.02
-done
-"""
 
 
 def set_scheduler(dev_id: int, name: str = "none") -> None:
@@ -56,22 +48,48 @@ def set_scheduler(dev_id: int, name: str = "none") -> None:
         time.sleep(0.02)
 
 
-def set_apart(dev_id: int) -> ServerProcess:
-    """Start a process, a child of ours, that sets the scheduler of a device to none.
+def set_when_told(fd: int) -> None:
+    """Set the scheduler of the device whose number comes by the pipe ``fd``, if one comes."""
+    text = os.read(fd, 32)
+    if text:
+        set_scheduler(int(text))
 
-    It has no file or memory of ours: a server that is killed meanwhile can end. Not for a process
-    whose other Python threads serve files: they stand still until the shell runs, which closes its
-    copies of those files first.
+
+class Apart:
+    """A process, a child of ours, that sets the scheduler of a device once that is told it.
+
+    It has no file of ours, and no memory of a server's if it is made before that has a ring: a
+    server that is killed while the scheduler changes can end.
     """
-    words = ["sh", "-c", _SCRIPT, "sh", _PATH.format(dev_id)]
-    # Whoever reads our output waits for us only.
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
-    pid = os.posix_spawn("/bin/sh", words, os.environ, file_actions=null, setsigmask=[])
-    return ServerProcess(pid, os.pidfd_open(pid))
+
+    def __init__(self) -> None:
+        reader, self._fd = os.pipe2(os.O_CLOEXEC)
+        self.process = fork(lambda: _wait_apart(reader), keep=[reader])
+        os.close(reader)
+
+    def set(self, dev_id: int) -> None:
+        """Have the scheduler set, and wait until it is, or for WAIT_S; the process goes on then."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._fd, b"%d" % dev_id)
+        self._let_go(WAIT_S)
+
+    def close(self) -> None:
+        """Let the process end, if it waits; idempotent."""
+        if self._fd >= 0:
+            self._let_go(5)
+
+    def _let_go(self, timeout_s: float) -> None:
+        os.close(self._fd)
+        self._fd = -1
+        with self.process:
+            if self.process.wait(timeout_s):
+                os.waitpid(self.process.pid, 0)
 
 
-def wait_for(helper: ServerProcess) -> None:
-    """Wait until the process of :func:`set_apart` has ended, or for WAIT_S; it goes on then."""
-    with helper:
-        if helper.wait(WAIT_S):
-            os.waitpid(helper.pid, 0)
+def _wait_apart(fd: int) -> int:
+    # Whoever reads our caller's output waits for that only.
+    null_fd = os.open(os.devnull, os.O_RDWR)
+    for other in range(3):
+        os.dup2(null_fd, other)
+    set_when_told(fd)
+    return 0

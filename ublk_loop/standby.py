@@ -1,13 +1,13 @@
 """Children of the daemon's, forked before there is anything to do for them.
 
-    Standby         keeps one child ready; ask() hands it a request and returns where the answer
-                    comes
+    Standby         keeps one child ready; ask() hands it a request and returns that Child
     StandbyServer   keeps one server ready; take() tells it where its request comes and returns it
 
 What Python runs it also writes to: a fresh child copies some MiB, a page at a time, which takes
 longer than what it was asked for. So one child has rehearsed, and waits on a pipe. It does one
-request and ends: nothing of one command is left for the next. A server has done what does not
-depend on the device, and waits on a socket. Both end when the daemon does.
+request, what it is told after that, and ends: nothing of one command is left for the next. A
+server has done what does not depend on the device, and waits on a socket. Both end when the daemon
+does.
 
 Runs on the daemon's loop; never blocks it.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from . import protocol
 from .events import Loop
 from .launch import Launch
-from .process import ServerProcess, fork
+from .process import fork
 from .protocol import Request
 from .supervise import let_go
 
@@ -37,33 +37,37 @@ class Standby:
 
     :param do: what a child does with a request; it returns the answer.
     :param rehearse: what a child runs while it waits for a request.
+    :param go_on: what a child runs once it has answered, with the pipe by which more may come.
     """
 
     def __init__(
-        self, loop: Loop, do: Callable[[Request], bytes], rehearse: Callable[[], object]
+        self,
+        loop: Loop,
+        do: Callable[[Request], bytes],
+        rehearse: Callable[[], object],
+        go_on: Callable[[int], object],
     ) -> None:
         self._loop = loop
         self._do = do
         self._rehearse = rehearse
-        self._child: _Child | None = None
+        self._go_on = go_on
+        self._child: Child | None = None
 
     def refill(self) -> None:
         """Fork a child for the next request, unless one waits."""
         if self._child is None:
-            self._child = _Child(self._wait_and_do)
+            self._child = Child(self._wait)
             self._loop.watch(self._child.process.fileno(), self._lost)
 
-    def ask(self, request: Request) -> tuple[ServerProcess, int]:
-        """Have a child do ``request``; return it, and the pipe from which its answer comes."""
+    def ask(self, request: Request) -> Child:
+        """Have a child do ``request``; return it, which waits to be told more."""
         line = protocol.pack_request(request)
         # More could block; and one that was killed meanwhile takes nothing.
         if self._child is None or len(line) > select.PIPE_BUF or not self._child.tell(line):
-            child = _Child(lambda request_fd, answer_fd: _answer(answer_fd, self._do(request)))
-        else:
-            child, self._child = self._child, None
-            self._loop.unwatch(child.process.fileno())
-        child.close_request()
-        return child.process, child.answer_fd
+            return Child(lambda *fds: self._serve(request, *fds))
+        child, self._child = self._child, None
+        self._loop.unwatch(child.process.fileno())
+        return child
 
     def close(self) -> None:
         """Let the child go that waits, and see it end."""
@@ -76,18 +80,22 @@ class Standby:
         assert child is not None
         let_go(self._loop, child.process)
 
-    def _lost_child(self) -> _Child | None:
+    def _lost_child(self) -> Child | None:
         child, self._child = self._child, None
         if child is not None:
-            child.close_request()
+            child.hang_up()
             os.close(child.answer_fd)
         return child
 
-    def _wait_and_do(self, request_fd: int, answer_fd: int) -> None:
+    def _wait(self, request_fd: int, answer_fd: int) -> None:
         self._rehearse()
         line = os.read(request_fd, select.PIPE_BUF)
         if line:  # else the daemon is gone, or has no use for us
-            _answer(answer_fd, self._do(protocol.parse_request(line)))
+            self._serve(protocol.parse_request(line), request_fd, answer_fd)
+
+    def _serve(self, request: Request, request_fd: int, answer_fd: int) -> None:
+        _answer(answer_fd, self._do(request))
+        self._go_on(request_fd)
 
 
 class StandbyServer:
@@ -148,8 +156,11 @@ class _Waiting:
         self._socket.close()
 
 
-class _Child:
-    """A child with a pipe to it and one from it: ``main`` gets its ends of both."""
+class Child:
+    """A child with a pipe to it and one from it: ``main`` gets its ends of both.
+
+    Whoever is given one closes ``answer_fd``, sees to the end of ``process``, and hangs up.
+    """
 
     def __init__(self, main: Callable[[int, int], None]) -> None:
         their_request_fd, self._request_fd = os.pipe2(os.O_CLOEXEC)
@@ -169,7 +180,8 @@ class _Child:
             return os.write(self._request_fd, line) == len(line)
         return False
 
-    def close_request(self) -> None:
+    def hang_up(self) -> None:
+        """Tell it no more; idempotent."""
         if self._request_fd >= 0:
             os.close(self._request_fd)
             self._request_fd = -1
@@ -181,4 +193,4 @@ def _answer(fd: int, data: bytes) -> None:
     os.close(fd)  # by itself the kernel does that last, after all memory is given back
 
 
-__all__ = ["Standby", "StandbyServer"]
+__all__ = ["Child", "Standby", "StandbyServer"]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ublk_loop import events, process, protocol, scheduler
+from ublk_loop import events, protocol, scheduler
 from ublk_loop.daemon import Adding, _Session
+from ublk_loop.standby import Child
 from ublk_loop.supervise import let_go
 
 
@@ -45,6 +46,7 @@ class _Owner:
         self.launch = SimpleNamespace(
             report_fd=self.report_fd,
             hear=lambda: True,
+            is_live=True,
             dev_id=3,
             process=SimpleNamespace(pid=1),
             warning="",
@@ -52,9 +54,9 @@ class _Owner:
             close_pipes=lambda: os.close(self.report_fd),
         )
 
-    def ask(self, _: object) -> tuple[process.ServerProcess, int]:
-        self.reader = process.fork(lambda: 0)
-        return self.reader, os.open("/dev/null", os.O_RDONLY)
+    def ask(self, _: object) -> Child:
+        self.reader = Child(lambda request_fd, _: scheduler.set_when_told(request_fd))
+        return self.reader
 
     def take(self, _: object) -> Any:
         return self.launch
@@ -69,16 +71,8 @@ class _Owner:
 def test_add_answers_though_the_scheduler_cannot_be_set(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    children: list[process.ServerProcess] = []
-    set_apart = scheduler.set_apart
-
-    def set_apart_and_note(dev_id: int) -> process.ServerProcess:
-        children.append(set_apart(dev_id))
-        return children[-1]
-
     os.mkfifo(tmp_path / "scheduler")
     monkeypatch.setattr(scheduler, "_PATH", str(tmp_path / "scheduler"))
-    monkeypatch.setattr(scheduler, "set_apart", set_apart_and_note)
     monkeypatch.setattr(scheduler, "WAIT_S", 0.0)
     replies: list[protocol.Reply] = []
     loop = events.Loop()
@@ -87,9 +81,8 @@ def test_add_answers_though_the_scheduler_cannot_be_set(
     Adding(owner, request, replies.append)
     loop.run()
     assert [reply.out for reply in replies] == ["it is live"]
-    [child] = children
+    child = owner.reader.process
     assert not child.wait(0)  # it still tries
     child.send(signal.SIGKILL)
-    for each in (child, owner.reader):
-        let_go(loop, each)
+    let_go(loop, child)
     loop.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ublk_loop import cli, scheduler, server, state
-from ublk_loop.process import ServerProcess
+from ublk_loop.process import ServerProcess, fork
 
 
 @pytest.fixture
@@ -22,39 +23,44 @@ def sysfs_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "ublkb3"
 
 
-def test_scheduler_is_set_once_the_kernel_is_no_longer_busy(sysfs_file: Path) -> None:
-    sysfs_file.mkdir()  # what cannot be written
+def test_scheduler_is_set_once_the_kernel_is_no_longer_busy(
+    sysfs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nr_tries = 0
+    write_text = Path.write_text
 
-    def end_of_busy() -> None:
-        sysfs_file.rmdir()
-        sysfs_file.with_name("new").write_text("none [mq-deadline]\n")
-        sysfs_file.with_name("new").rename(sysfs_file)
+    def be_busy_at_first(path: Path, text: str) -> int:
+        nonlocal nr_tries
+        nr_tries += 1
+        if nr_tries < 3:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return write_text(path, text)
 
-    helper = scheduler.set_apart(3)
-    assert not helper.wait(0.1)
-    # Replaced under a try it may be missing for a moment, which ends the try.
-    os.kill(helper.pid, signal.SIGSTOP)
-    os.waitpid(helper.pid, os.WUNTRACED)
-    end_of_busy()
-    os.kill(helper.pid, signal.SIGCONT)
-    assert helper.wait(10)
-    os.waitpid(helper.pid, 0)
-    helper.close()
-    assert sysfs_file.read_text() == "none\n"
+    sysfs_file.write_text("none [mq-deadline]\n")
+    monkeypatch.setattr(Path, "write_text", be_busy_at_first)
+    scheduler.Apart().set(3)
+    assert sysfs_file.read_text() == "none"
+
+
+def test_scheduler_is_left_alone_if_there_is_no_device(sysfs_file: Path) -> None:
+    sysfs_file.write_text("none [mq-deadline]\n")
+    apart = scheduler.Apart()
+    apart.close()
+    apart.close()
+    assert not os.path.exists(f"/proc/{apart.process.pid}")
+    assert sysfs_file.read_text() == "none [mq-deadline]\n"
 
 
 def test_scheduler_that_is_set_is_not_written(sysfs_file: Path) -> None:
     sysfs_file.write_text("[none] mq-deadline\n")
-    scheduler.set_scheduler(3)
-    scheduler.wait_for(scheduler.set_apart(3))
+    scheduler.Apart().set(3)
     assert sysfs_file.read_text() == "[none] mq-deadline\n"
 
 
 def test_scheduler_of_a_device_that_is_gone_is_given_up_at_once(sysfs_file: Path) -> None:
-    helper = scheduler.set_apart(3)
-    assert helper.wait(2)
-    assert os.waitpid(helper.pid, 0)[1] != 0
-    helper.close()
+    apart = scheduler.Apart()
+    apart.set(3)
+    assert not os.path.exists(f"/proc/{apart.process.pid}")
 
 
 @pytest.mark.parametrize("options", [[], ["--foreground"]], ids=["server", "foreground"])
@@ -73,13 +79,12 @@ def test_add_without_a_daemon_ends_though_the_scheduler_cannot_be_set(
 
     os.mkfifo(sysfs_file)  # whose reader waits for ever
     helpers: list[ServerProcess] = []
-    set_apart = scheduler.set_apart
 
-    def set_apart_and_note(dev_id: int) -> ServerProcess:
-        helpers.append(set_apart(dev_id))
+    def fork_and_note(child: Callable[[], int], keep: list[int]) -> ServerProcess:
+        helpers.append(fork(child, keep))
         return helpers[-1]
 
-    monkeypatch.setattr(scheduler, "set_apart", set_apart_and_note)
+    monkeypatch.setattr(scheduler, "fork", fork_and_note)
     monkeypatch.setattr(scheduler, "WAIT_S", 0.0)
     monkeypatch.setattr(server, "serve", serve)
     monkeypatch.setenv("UBLK_LOOP_DAEMON", "0")

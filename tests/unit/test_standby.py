@@ -22,7 +22,7 @@ class _Parent:
 
     def __init__(self) -> None:
         self.loop = events.Loop()
-        self.standby = Standby(self.loop, self._do, self._rehearse)
+        self.standby = Standby(self.loop, self._do, self._rehearse, self._go_on)
         self._said = b""
 
     def _rehearse(self) -> None:
@@ -32,13 +32,18 @@ class _Parent:
         assert isinstance(request, protocol.Run)
         return self._said + f"{os.getpid()} {request.words[0]}".encode()
 
-    def ask(self, word: str) -> tuple[int, bytes]:
-        """Return the child's pid and its answer."""
-        process, answer_fd = self.standby.ask(protocol.Run("1", (word,), "/", {}))
-        with open(answer_fd, "rb") as answer, process:
+    def _go_on(self, fd: int) -> None:
+        os._exit(len(os.read(fd, 100)))
+
+    def ask(self, word: str, then: bytes = b"") -> tuple[int, bytes]:
+        """Return the child's pid and its answer; it exits with the length of ``then``."""
+        child = self.standby.ask(protocol.Run("1", (word,), "/", {}))
+        with open(child.answer_fd, "rb") as answer, child.process:
             data = answer.read()
-            os.waitpid(process.pid, 0)
-            return process.pid, data
+            assert child.tell(then)
+            child.hang_up()
+            assert os.waitstatus_to_exitcode(os.waitpid(child.process.pid, 0)[1]) == len(then)
+            return child.process.pid, data
 
     def turn(self) -> None:
         """Let the loop do what is due."""
@@ -84,6 +89,13 @@ def test_request_is_done_though_no_child_waits_or_it_is_too_large_for_a_pipe(
     assert pid != waiting
     assert answer.startswith(f"{pid} x".encode())
     assert _children() == [waiting]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_child_that_has_answered_goes_on_with_what_it_is_told(parent: _Parent, waits: bool) -> None:
+    if waits:
+        parent.standby.refill()
+    parent.ask("word", then=b"more")
 
 
 @pytest.mark.parametrize("seen", [True, False])
