@@ -155,7 +155,9 @@ class BuildClient(Command):
         version = f'-DUBLK_LOOP_VERSION="{self.distribution.get_version()}"'
         program = os.path.join(self.build_dir, "ublk")
         command = [*_compiler(), *_compile_args(), version, "-o", program, *self.scripts]
-        subprocess.run(command, check=True)
+        # Finding its libraries would be three quarters of its start. Not all have libc.a.
+        if subprocess.run([*command, "-static", "-s"], capture_output=True, check=False).returncode:
+            subprocess.run(command, check=True)
 
 
 __all__ = [
