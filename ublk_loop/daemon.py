@@ -258,7 +258,9 @@ class Adding:
         self._reader = daemon.standby.ask(request)
         self._launch = daemon.servers.take(self._reader.answer_fd)
         os.close(self._reader.answer_fd)
-        self._loop.watch(self._reader.process.fileno(), self._reader_ended)
+        reader = self._reader.process
+        self._loop.watch(reader.fileno(), lambda: let_go(self._loop, reader))
+        self._loop.watch(self._reader.fileno(), self._reader_done)
         self._loop.watch(self._launch.report_fd, self._reported)
         self._timer = self._loop.call_later(LAUNCH_TIMEOUT_S, self._timed_out)
 
@@ -287,11 +289,11 @@ class Adding:
         # Before the reply: while the kernel changes it, new requests wait until all in flight are
         # over, and a client's may be held up by the backing.
         is_there = self._reader.tell(b"%d" % self._launch.dev_id)
-        self._reader.hang_up()
         self._timer = self._loop.call_later(scheduler.WAIT_S if is_there else 0, self._answer)
 
-    def _reader_ended(self) -> None:
-        let_go(self._loop, self._reader.process)
+    def _reader_done(self) -> None:
+        self._loop.unwatch(self._reader.fileno())
+        self._reader.close()
         if self._launch.is_live:
             self._answer()
 
@@ -344,7 +346,7 @@ class Running:
         self._loop = daemon.loop
         self._done = done
         self._child = daemon.standby.ask(request)
-        self._child.hang_up()
+        self._child.close()
         self._answer = b""
         self._loop.watch(self._child.answer_fd, self._read)
 

@@ -1,7 +1,7 @@
 """A device's scheduler: none, where the kernel would choose another.
 
     set_scheduler()   sets it, and waits
-    set_when_told()   the same for the device whose number comes by a pipe
+    set_when_told()   the same for the device whose number comes by a pipe, or a socket
     Apart             a process of its own that does that
 
 While the kernel changes a scheduler it begins no new request until all in flight are over, among
@@ -49,7 +49,7 @@ def set_scheduler(dev_id: int, name: str = "none") -> None:
 
 
 def set_when_told(fd: int) -> None:
-    """Set the scheduler of the device whose number comes by the pipe ``fd``, if one comes."""
+    """Set the scheduler of the device whose number comes by ``fd``, if one comes."""
     text = os.read(fd, 32)
     if text:
         set_scheduler(int(text))

@@ -4,10 +4,10 @@
     StandbyServer   keeps one server ready; take() tells it where its request comes and returns it
 
 What Python runs it also writes to: a fresh child copies some MiB, a page at a time, which takes
-longer than what it was asked for. So one child has rehearsed, and waits on a pipe. It does one
+longer than what it was asked for. So one child has rehearsed, and waits on a socket. It does one
 request, what it is told after that, and ends: nothing of one command is left for the next. A
-server has done what does not depend on the device, and waits on a socket. Both end when the daemon
-does.
+server has done what does not depend on the device, and waits the same way. Both end when the
+daemon does.
 
 Runs on the daemon's loop; never blocks it.
 """
@@ -37,7 +37,7 @@ class Standby:
 
     :param do: what a child does with a request; it returns the answer.
     :param rehearse: what a child runs while it waits for a request.
-    :param go_on: what a child runs once it has answered, with the pipe by which more may come.
+    :param go_on: what a child runs once it has answered, with the socket by which more may come.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Standby:
     def _lost_child(self) -> Child | None:
         child, self._child = self._child, None
         if child is not None:
-            child.hang_up()
+            child.close()
             os.close(child.answer_fd)
         return child
 
@@ -96,6 +96,7 @@ class Standby:
     def _serve(self, request: Request, request_fd: int, answer_fd: int) -> None:
         _answer(answer_fd, self._do(request))
         self._go_on(request_fd)
+        os.close(request_fd)
 
 
 class StandbyServer:
@@ -157,34 +158,42 @@ class _Waiting:
 
 
 class Child:
-    """A child with a pipe to it and one from it: ``main`` gets its ends of both.
+    """A child with a socket to tell it something, and a pipe from it: ``main`` gets its ends.
 
-    Whoever is given one closes ``answer_fd``, sees to the end of ``process``, and hangs up.
+    Whoever is given one closes both, and sees to the end of ``process``.
     """
 
     def __init__(self, main: Callable[[int, int], None]) -> None:
-        their_request_fd, self._request_fd = os.pipe2(os.O_CLOEXEC)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.answer_fd, their_answer_fd = os.pipe2(os.O_CLOEXEC)
 
         def child_main() -> int:
-            main(their_request_fd, their_answer_fd)
+            main(theirs.fileno(), their_answer_fd)
             return 0
 
-        self.process = fork(child_main, keep=[their_request_fd, their_answer_fd])
-        os.close(their_request_fd)
+        with theirs:
+            self.process = fork(child_main, keep=[theirs.fileno(), their_answer_fd])
         os.close(their_answer_fd)
+
+    def fileno(self) -> int:
+        """Return what is readable once the child has done all that it was told, or is gone."""
+        return self._socket.fileno()
 
     def tell(self, line: bytes) -> bool:
         """Write ``line``, of at most PIPE_BUF bytes, which it reads at once; False: it is gone."""
-        with contextlib.suppress(BrokenPipeError):
-            return os.write(self._request_fd, line) == len(line)
+        with contextlib.suppress(OSError):
+            return self._socket.send(line) == len(line)
         return False
 
     def hang_up(self) -> None:
-        """Tell it no more; idempotent."""
-        if self._request_fd >= 0:
-            os.close(self._request_fd)
-            self._request_fd = -1
+        """Tell it no more."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Let go of the socket, which tells it no more either; idempotent."""
+        self.hang_up()
+        self._socket.close()
 
 
 def _answer(fd: int, data: bytes) -> None:

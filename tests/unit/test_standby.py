@@ -42,6 +42,9 @@ class _Parent:
             data = answer.read()
             assert child.tell(then)
             child.hang_up()
+            select.select([child], [], [], 10)
+            assert child.tell(b"late") is False
+            child.close()
             assert os.waitstatus_to_exitcode(os.waitpid(child.process.pid, 0)[1]) == len(then)
             return child.process.pid, data
 
