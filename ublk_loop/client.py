@@ -115,8 +115,9 @@ def start() -> None:
 
     state.make_state_dir()
     path = os.path.join(paths.state_dir(), "start.lock")
+    deadline = time.monotonic() + START_TIMEOUT_S
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "rb") as lock:
-        _lock(lock, time.monotonic() + START_TIMEOUT_S)
+        _lock(lock, deadline)
         if _answers():
             return
         # In "/", as -m looks for modules in the working directory first.
@@ -128,6 +129,13 @@ def start() -> None:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise DaemonError(errno.ETIMEDOUT, "start of the daemon") from None
+        # One that was begun otherwise is there already, and will listen.
+        while done.returncode and os.strerror(errno.EBUSY) in done.stderr:
+            if _answers():
+                return
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
     if done.returncode:
         text = done.stderr.strip().removeprefix("ublk: ")
         raise DaemonError(errno.ECHILD, "start of the daemon", text)

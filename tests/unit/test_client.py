@@ -1,15 +1,18 @@
-"""The client of the daemon, when the daemon ends meanwhile."""
+"""The client of the daemon, when the daemon ends, or begins, meanwhile."""
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ublk_loop import client, paths
+from ublk_loop import client, daemon, paths, process
 
 
 @pytest.fixture
@@ -52,3 +55,32 @@ def test_add_has_the_recovery_that_scripts_for_other_servers_ask_for() -> None:
     assert client.add_words(plain[1:], ruthless) == (plain[1], "--recovery", "none", *plain[2:])
     for words in (("-r", "1"), ("-i1",), ("--user-recovery=1",), ("--recovery", "reissue")):
         assert client.add_words((*plain, *words), ruthless) == (*plain, *words)
+
+
+def test_start_waits_for_a_daemon_that_was_begun_otherwise_and_does_not_listen_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `ublk daemon & ublk add ...` was refused: "one runs already".
+    monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path))
+    locked_fd, child_fd = os.pipe()
+
+    def be_slow_daemon() -> int:
+        lock_fd = daemon._take_lock()
+        os.close(child_fd)
+        time.sleep(2)
+        daemon._run(str(tmp_path / "ublk.toml"), lock_fd)
+        return 0
+
+    slow = process.fork(be_slow_daemon, keep=[child_fd])
+    os.close(child_fd)
+    with open(locked_fd, "rb") as locked, slow:
+        assert locked.read() == b""
+        try:
+            client.start()
+            reply = client.ask({"command": "status"})
+        finally:
+            slow.send(signal.SIGTERM)
+            assert slow.wait(10)
+            os.waitpid(slow.pid, 0)
+    assert reply is not None
+    assert reply["document"]["pid"] == slow.pid
