@@ -100,7 +100,7 @@ def _nr_threads(given: dict[str, Any]) -> int | None:
         return in_all
     if in_all or given["batch"]:
         raise click.UsageError("-T excludes --nthreads and -b")
-    nr_queues: int = given["queues"]
+    nr_queues: int = given["queues"] or 1
     return min(a_queue * nr_queues, state.MAX_NR_THREADS)
 
 

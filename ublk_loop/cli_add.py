@@ -215,9 +215,7 @@ def _type_of(ctx: click.Context, word: str) -> str:
     "--queues",
     metavar="NR",
     type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
-    default=1,
-    show_default=True,
-    help="Hardware queues; the driver caps them to the CPUs.",
+    help="Hardware queues, at most one a CPU; default: two with one thread, or one.",
 )
 @click.option(
     "-d",

@@ -105,7 +105,7 @@ class Device:
         self._control = control
         self._policy = policy
         self._poll_us = poll_us
-        self._nr_threads = nr_threads
+        self.nr_threads = nr_threads
         self._sandbox = sandbox
         self._resources = contextlib.ExitStack()
         self._resources.callback(target.close)
@@ -125,7 +125,7 @@ class Device:
         target: Target,
         *,
         dev_id: int = ANY_DEV_ID,
-        nr_hw_queues: int = 1,
+        nr_hw_queues: int | None = None,
         queue_depth: int = 128,
         max_io_buf_bytes: int = 512 * 1024,
         io_desc_bytes: int | None = None,
@@ -142,7 +142,8 @@ class Device:
         """Add a device and prepare to serve it; :meth:`start` makes it live.
 
         :param dev_id: 0.., or -1 for the first free one.
-        :param nr_hw_queues: 1..4096; the driver caps it to the number of CPUs.
+        :param nr_hw_queues: 1..4096; the driver caps it to the number of CPUs. Default: two that
+            one thread serves, as far as ``nr_threads`` is not given and there is BATCH_IO; else 1.
         :param queue_depth: 1..4096 tags a queue.
         :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
         :param io_desc_bytes: the size of a request's descriptor, 24..256, a multiple of 8; what is
@@ -174,10 +175,12 @@ class Device:
             flags |= _integrity_flags(data, flags, target)
             flags |= 0 if io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
             flags |= _quiesce_flag(batch, flags, features)
-            shares_queues = nr_threads is not None and nr_threads > nr_hw_queues
+            shares_queues = nr_threads is not None and nr_threads > (nr_hw_queues or 1)
             if batch is None and shares_queues and features & uapi.UBLK_F_PER_IO_DAEMON:
                 batch = False
             flags |= _batch_flag(batch, flags, queue_depth, features)
+            if nr_hw_queues is None:
+                nr_hw_queues, nr_threads = _queues_and_threads(flags, nr_threads)
             copied = flags & (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG)
             supported = SUPPORTED_FLAGS & ~(0 if copied else uapi.UBLK_F_SUPPORT_ZERO_COPY)
             if flags & ~supported:
@@ -427,7 +430,7 @@ class Device:
 
     def _q_ids_and_tags_of_threads(self) -> list[tuple[range, range]]:
         nr_queues, nr_tags = self.info.nr_hw_queues, self.info.queue_depth
-        nr_threads = self._nr_threads or nr_queues
+        nr_threads = self.nr_threads or nr_queues
         if nr_threads > nr_queues and _may_share_queues(self.info.flags):
             # Each has some of every queue, so that all help the client of any.
             return [(range(nr_queues), tags) for tags in _split(nr_tags, min(nr_threads, nr_tags))]
@@ -558,6 +561,14 @@ def _integrity_flags(data: str, flags: int, target: Target) -> int:
     if data in ("copy", "zerocopy") or flags & uapi.UBLK_F_UNPRIVILEGED_DEV:
         raise ValueError("blocks with metadata need --data usercopy, which only root has")
     return uapi.UBLK_F_INTEGRITY | uapi.UBLK_F_USER_COPY
+
+
+def _queues_and_threads(flags: int, nr_threads: int | None) -> tuple[int, int | None]:
+    # Two queues have no scheduler to begin with, while a single one is given mq-deadline; to change
+    # that takes longer than all else of a start.
+    if nr_threads is None and flags & uapi.UBLK_F_BATCH_IO:
+        return 2, 1
+    return 1, nr_threads
 
 
 def _quiesce_flag(batch: bool | None, flags: int, features: int) -> int:

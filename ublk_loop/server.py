@@ -344,6 +344,7 @@ def _state_of(device: Device, shared: Shared, request: Request) -> DeviceState:
         options=replace(
             request.options,
             nr_hw_queues=info.nr_hw_queues,
+            nr_threads=device.nr_threads,
             queue_depth=info.queue_depth,
             max_io_buf_bytes=info.max_io_buf_bytes,
             flags=info.flags,

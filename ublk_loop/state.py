@@ -116,12 +116,12 @@ class SharedFile:
 class DeviceOptions:
     """What the driver was asked for, and how to serve; ``flags`` are UBLK_F_* bits.
 
-    ``batch``, ``poll_us``, ``nr_threads``, ``io_desc_bytes`` None and ``data`` auto: what
-    :meth:`Device.add` chooses.
+    ``nr_hw_queues``, ``batch``, ``poll_us``, ``nr_threads``, ``io_desc_bytes`` None and ``data``
+    auto: what :meth:`Device.add` chooses.
     ``recovery_deadline_s``: how long the daemon tries to replace a dead server; None: it does not.
     """
 
-    nr_hw_queues: int = 1
+    nr_hw_queues: int | None = None
     queue_depth: int = 128
     max_io_buf_bytes: int = 512 * 1024
     flags: int = 0
@@ -274,7 +274,7 @@ def parse_options(value: JsonValue) -> DeviceOptions:
     defaults: Json = {**asdict(DeviceOptions()), "shared_files": []}
     fields = Fields("options", value, *DeviceOptions.__dataclass_fields__, defaults=defaults)
     return DeviceOptions(
-        nr_hw_queues=fields.integer("nr_hw_queues", 1, MAX_NR_HW_QUEUES),
+        nr_hw_queues=fields.optional_integer("nr_hw_queues", 1, MAX_NR_HW_QUEUES),
         queue_depth=fields.integer("queue_depth", 1, MAX_QUEUE_DEPTH),
         max_io_buf_bytes=fields.integer("max_io_buf_bytes", 4096, 32 << 20),
         flags=fields.integer("flags", 0, (1 << 64) - 1),

@@ -43,7 +43,7 @@ def test_add_of_a_file_asks_for_the_reference_servers_defaults(requests: list[Re
     (request,) = requests
     assert request.dev_id == -1
     assert not request.recover
-    assert (request.options.nr_hw_queues, request.options.queue_depth) == (1, 128)
+    assert (request.options.nr_hw_queues, request.options.queue_depth) == (None, 128)
     assert request.options.max_io_buf_bytes == 524288
     assert request.options.flags == 0
     assert request.options.policy == "auto"
