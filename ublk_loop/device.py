@@ -125,7 +125,7 @@ class Device:
         target: Target,
         *,
         dev_id: int = ANY_DEV_ID,
-        nr_hw_queues: int | None = None,
+        nr_hw_queues: int | None = 1,
         queue_depth: int = 128,
         max_io_buf_bytes: int = 512 * 1024,
         io_desc_bytes: int | None = None,
@@ -142,8 +142,8 @@ class Device:
         """Add a device and prepare to serve it; :meth:`start` makes it live.
 
         :param dev_id: 0.., or -1 for the first free one.
-        :param nr_hw_queues: 1..4096; the driver caps it to the number of CPUs. Default: two that
-            one thread serves, as far as ``nr_threads`` is not given and there is BATCH_IO; else 1.
+        :param nr_hw_queues: 1..4096; the driver caps it to the number of CPUs. None: two that one
+            thread serves, as far as ``nr_threads`` is not given and there is BATCH_IO; else 1.
         :param queue_depth: 1..4096 tags a queue.
         :param max_io_buf_bytes: the largest request, 4 KiB..32 MiB, a multiple of the page size.
         :param io_desc_bytes: the size of a request's descriptor, 24..256, a multiple of 8; what is
