@@ -93,6 +93,17 @@ def test_large_writes_to_a_split_region_go_by_the_mapping_and_keep_their_bytes(
     assert path.read_bytes() == model
 
 
+def _rewrite(client, pattern, *, flushes: bool = False) -> bytes:
+    """Write the region's large parts NR_PASSES times; return what it holds then."""
+    for turn in range(NR_PASSES):
+        model = pattern(REGION, seed=turn)
+        for at in range(0, REGION, LARGE):
+            assert client.write(at, model[at : at + LARGE]) == LARGE
+        if flushes:
+            client.flush()
+    return model
+
+
 @pytest.mark.parametrize("flushes", [False, True])
 def test_region_that_large_writes_rewrite_while_it_is_dirty_gets_small_folios(
     device, backing_file, ext4_folder, open_block, pattern, flushes
@@ -101,12 +112,7 @@ def test_region_that_large_writes_rewrite_while_it_is_dirty_gets_small_folios(
     has_large = _nr_pages_in_large_folios(path, 0, REGION)
     dev = device(LoopTarget(path), policy="auto")
     with open_block(dev.block_path) as client:
-        for turn in range(NR_PASSES):
-            model = pattern(REGION, seed=turn)
-            for at in range(0, REGION, LARGE):
-                assert client.write(at, model[at : at + LARGE]) == LARGE
-            if flushes:
-                client.flush()
+        model = _rewrite(client, pattern, flushes=flushes)
         assert client.read(0, REGION) == model
         client.flush()
         assert dev.hctxs[0].stats().nr_errors == 0
@@ -124,10 +130,7 @@ def test_region_of_a_sparse_file_that_large_writes_rewrite_gets_small_folios(
     path = backing_file(2 * REGION, folder=ext4_folder)
     dev = device(LoopTarget(path), policy="auto")
     with open_block(dev.block_path) as client:
-        for turn in range(NR_PASSES):
-            model = pattern(REGION, seed=turn)
-            for at in range(0, REGION, LARGE):
-                assert client.write(at, model[at : at + LARGE]) == LARGE
+        model = _rewrite(client, pattern)
         assert client.read(0, REGION) == model
     assert path.read_bytes()[:REGION] == model
     assert _nr_pages_in_large_folios(path, 0, REGION) <= 16

@@ -19,7 +19,7 @@ from servers import REISSUE
 from ublk_loop import uapi
 from ublk_loop.errors import DriverError
 
-NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "28"))  # in four kinds of device
+NR_KILLS = int(os.environ.get("UBLK_LOOP_SOAK_KILLS", "36"))  # in four kinds of device
 
 
 @pytest.mark.deadline(240 + 6 * NR_KILLS)

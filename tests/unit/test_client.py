@@ -6,9 +6,10 @@ import os
 import select
 import signal
 import socket
-import time
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,15 +64,23 @@ def test_start_waits_for_a_daemon_that_was_begun_otherwise_and_does_not_listen_y
     # `ublk daemon & ublk add ...` was refused: "one runs already".
     monkeypatch.setenv("UBLK_LOOP_STATE_DIR", str(tmp_path))
     locked_fd, child_fd = os.pipe()
+    refused_fd, tell_fd = os.pipe()
+    run = subprocess.run
+
+    def run_and_tell(*words: Any, **options: Any) -> Any:
+        done = run(*words, **options)
+        os.write(tell_fd, b"\0")
+        return done
 
     def be_slow_daemon() -> int:
         lock_fd = daemon._take_lock()
         os.close(child_fd)
-        time.sleep(2)
+        os.read(refused_fd, 1)
         daemon._run(str(tmp_path / "ublk.toml"), lock_fd)
         return 0
 
-    slow = process.fork(be_slow_daemon, keep=[child_fd])
+    monkeypatch.setattr(subprocess, "run", run_and_tell)
+    slow = process.fork(be_slow_daemon, keep=[child_fd, refused_fd])
     os.close(child_fd)
     with open(locked_fd, "rb") as locked, slow:
         assert locked.read() == b""
@@ -82,5 +91,7 @@ def test_start_waits_for_a_daemon_that_was_begun_otherwise_and_does_not_listen_y
             slow.send(signal.SIGTERM)
             assert slow.wait(10)
             os.waitpid(slow.pid, 0)
+    os.close(refused_fd)
+    os.close(tell_fd)
     assert reply is not None
     assert reply["document"]["pid"] == slow.pid
