@@ -265,7 +265,7 @@ def _wait_until_quiesced(control: Control, info: DevInfo, known: DeviceState) ->
 
 
 def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
-    """Bind the threads of a queue to ``cpus``.
+    """Bind the threads of a queue to ``cpus``, and so those queues that they serve besides.
 
     :raises DaemonError: ENOENT (not a device of ours); EINVAL (no such queue, or none of the CPUs
         can be used); ESRCH (its server is gone).
@@ -280,17 +280,20 @@ def set_affinity(dev_id: int, q_id: int, cpus: Collection[int]) -> None:
     if server is None:
         raise DaemonError(errno.ESRCH, what, "its server is gone")
     queue = known.queues[q_id]
+    tids = (queue.tid, *queue.other_tids)
     with server:
         if not os.path.exists(f"/proc/{server.pid}/task/{queue.tid}"):
             raise DaemonError(errno.ESRCH, what, f"queue {q_id} has ended")
         try:
-            for tid in (queue.tid, *queue.other_tids):
+            for tid in tids:
                 os.sched_setaffinity(tid, cpus)
         except OSError as error:
             raise DaemonError(error.errno or errno.EIO, what, "see nproc, /proc/cpuinfo") from error
-        bound = replace(queue, affinity=tuple(sorted(os.sched_getaffinity(queue.tid))))
-        queues = tuple(bound if each.q_id == q_id else each for each in known.queues)
-        state.write(replace(known, queues=queues))
+        bound = tuple(sorted(os.sched_getaffinity(queue.tid)))
+        queues = (
+            replace(each, affinity=bound) if each.tid in tids else each for each in known.queues
+        )
+        state.write(replace(known, queues=tuple(queues)))
         if server.wait(0):
             state.remove(dev_id)
 

@@ -402,13 +402,16 @@ def test_requests_of_a_slow_null_device_end_late_or_with_its_server(
     _succeed(here("del -n", added["dev_id"]))
 
 
-def test_set_affinity_moves_the_queues_thread(here: Here) -> None:
+def test_set_affinity_moves_the_queues_thread_and_each_queue_that_it_serves(here: Here) -> None:
     added = _document(_succeed(here("add -t null --json")))
     dev_id, tid = added["dev_id"], added["queues"][0]["tid"]
     cpu = max(os.sched_getaffinity(0))
     _succeed(here(f"set_affinity -n {dev_id} -q 0 --cpuset [{cpu}]"))
     assert os.sched_getaffinity(tid) == {cpu}
-    assert f"\tqueue 0: tid {tid} affinity({cpu} )" in _succeed(here("list")).splitlines()
+    listed = _succeed(here("list")).splitlines()
+    for queue in added["queues"]:
+        assert queue["tid"] == tid
+        assert f"\tqueue {queue['q_id']}: tid {tid} affinity({cpu} )" in listed
     assert "Invalid argument" in _fail(here(f"set_affinity -n {dev_id} -q 0 --cpuset [60000]"))
     assert "Invalid argument" in _fail(here(f"set_affinity -n {dev_id} -q 9 --cpuset [{cpu}]"))
 

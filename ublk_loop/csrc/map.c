@@ -45,6 +45,9 @@
 /* After so many pages that were not resident, one of so many is asked about. */
 #define COLD_ANSWERS		16
 #define COLD_PER_CHECK		8
+/* After so many it is one of more. */
+#define COLD_FOR_LONG		1024
+#define COLD_PER_RARE_CHECK	64
 /* A read is part of a stream if so many pages before it were read. */
 #define STREAM_PAGES		8
 
@@ -194,17 +197,21 @@ static void map_ask_word(struct ul_map *m, uint64_t word)
 	map_ask(m, page, nr_pages < WORD_BITS ? nr_pages : WORD_BITS);
 }
 
-/* Whether a page that was never read is taken for cold: so was what was asked
- * about lately.  Some are asked about all the same.  A wrong guess is read past
- * the page cache, once, as the page counts as read then. */
+/* Whether a page is taken for cold: one that was read past the page cache, and one
+ * that was not if what was asked about lately was cold.  Some of these are asked
+ * about all the same, fewer as time goes by.  A wrong guess costs one read that
+ * is not a copy: it is past the page cache, or it notes that the page is there. */
 static bool map_guesses_cold(struct ul_map *m, uint64_t page)
 {
-	unsigned int nr =
-		atomic_load_explicit(&m->nr_cold, memory_order_relaxed);
+	unsigned int nr;
 
+	if (bits_have(m->read, page))
+		return true;
+	nr = atomic_load_explicit(&m->nr_cold, memory_order_relaxed);
 	atomic_store_explicit(&m->nr_cold, nr + 1, memory_order_relaxed);
-	return nr >= COLD_ANSWERS && nr % COLD_PER_CHECK &&
-	       !bits_have(m->read, page);
+	if (nr < COLD_ANSWERS)
+		return false;
+	return nr % (nr < COLD_FOR_LONG ? COLD_PER_CHECK : COLD_PER_RARE_CHECK);
 }
 
 /* Where one page is resident, others are most likely, and asking for 64 costs
