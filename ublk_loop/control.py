@@ -84,9 +84,7 @@ _HINTS = {
     ("DEL_DEV", errno.ETIMEDOUT): "a process still has the character device open",
     ("DEL_DEV_ASYNC", errno.EINVAL): "not possible for an unprivileged device",
     ("START_USER_RECOVERY", errno.EBUSY): "the device has a server, or its old one still ends",
-    ("START_USER_RECOVERY", errno.EINVAL): (
-        "it was not added with user recovery, or its server died taking it over (Linux 6.12)"
-    ),
+    ("START_USER_RECOVERY", errno.EINVAL): "it was not added with user recovery",
     ("END_USER_RECOVERY", errno.EINVAL): _STALE_SERVER,
     ("END_USER_RECOVERY", errno.EBUSY): "the device does not wait for a server",
     ("END_USER_RECOVERY", errno.ETIMEDOUT): "the server has not fetched every tag",

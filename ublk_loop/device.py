@@ -236,13 +236,14 @@ class Device:
         requests are copied.
 
         :raises DriverError: EBUSY (the old server is not gone), EINVAL (not added with recovery, or
-            not waiting for one), ENODEV. The device is left as it was found.
+            not waiting for one), ENOTRECOVERABLE (the driver lets nobody take it over any more),
+            ENODEV. The device is left as it was found.
         """
         with _closed_on_error(target, shared):
             check_policy(policy)
             check_methods(target)
             target.mark(dev_id)
-            control.start_user_recovery(dev_id, timeout_s=timeout_s)
+            _start_recovery(control, dev_id, timeout_s)
             info = control.get_dev_info(dev_id)
         device = cls(control, target, shared, info, policy, poll_us, nr_threads, sandbox)
         device._recovering = True
@@ -510,6 +511,26 @@ class Device:
             watchers, self._watchers = self._watchers, []
         for watcher in watchers:
             watcher()
+
+
+def _start_recovery(control: Control, dev_id: int, timeout_s: float) -> None:
+    # Linux 6.12 refuses a device of which no queue is served, which is so from one recovery's begin
+    # until it has fetched a queue: for ever, if its server ended there.
+    try:
+        control.start_user_recovery(dev_id, timeout_s=timeout_s)
+    except DriverError as error:
+        if error.errno != errno.EINVAL or not _waits_for_server(control.get_dev_info(dev_id)):
+            raise
+        hint = (
+            "another server takes it over; or one ended in the midst of that, and this kernel lets "
+            f"no other: ublk del -n {dev_id}, and add it again"
+        )
+        raise DriverError(errno.ENOTRECOVERABLE, error.what, hint) from None
+
+
+def _waits_for_server(info: DevInfo) -> bool:
+    waits = info.state in (uapi.UBLK_S_DEV_QUIESCED, uapi.UBLK_S_DEV_FAIL_IO)
+    return waits and bool(info.flags & uapi.UBLK_F_USER_RECOVERY)
 
 
 @contextlib.contextmanager

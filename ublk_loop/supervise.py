@@ -4,7 +4,8 @@
     WAITING     its server died; the next attempt to replace it is due
     RECOVERING  a new server is on its way
     UPGRADING   so it is, and it takes the device from the one that still serves it
-    ENDING      the deadline has passed: a process of its own stops and deletes the device
+    ENDING      the deadline has passed, or the driver lets nobody take the device over any more: a
+                process of its own stops and deletes it
 
 In: the pidfd, reports and timers of the daemon's loop, and the state file, which says what is
 served and by whom. Out: servers, forked from the daemon, and the log. A server that ends in good
@@ -33,6 +34,9 @@ from .process import ServerProcess, fork
 STABLE_S = 2.0  # a new server that lives that long has ended the trouble
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 5.0
+# So many attempts in turn have to find that nobody can take the device over: somebody else, who
+# begins to, looks the same for a moment.
+NR_REFUSALS = 6
 BY_HAND_TIMEOUT_S = 60.0
 
 _log = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ class Trouble:
 
     since: float
     nr_attempts: int = 0
+    nr_refusals: int = 0
 
     def next_delay_s(self) -> float:
         """Return how long to wait before the next attempt: none, then twice as long each time."""
@@ -122,6 +127,8 @@ class Supervised:
         process = ServerProcess.find(known.server_pid, known.server_start_ticks)
         if process is not None:
             self.watch(process)
+            if self._trouble is not None:  # of somebody else's making, say by ublk recover
+                self._timer = self._loop.call_later(STABLE_S, self._end_trouble)
         elif listing.sysfs_ino(self.dev_id) != known.sysfs_ino:
             state.remove(self.dev_id)
             self._end()
@@ -135,7 +142,7 @@ class Supervised:
         """Start a new server at once, for somebody who waits for it; or wait for one under way."""
         text = {
             "SERVED": f"its server (pid {self.server_pid}) is alive",
-            "ENDING": "its time for recovery was over: it is being deleted",
+            "ENDING": "it cannot be recovered, or not in time: it is being deleted",
             "UPGRADING": "it is being upgraded",
         }.get(self.phase)
         if text is not None:
@@ -188,11 +195,14 @@ class Supervised:
             self._trouble = Trouble(now)
             text = "dev %d: its server (pid %d) died; a new one takes over"
             _log.warning(text, self.dev_id, known.server_pid)
+        if self._trouble.nr_refusals >= NR_REFUSALS:
+            self._delete("the driver lets no server take it over any more")
+            return
         deadline = self._trouble.since + known.options.recovery_deadline_s
         delay_s = self._trouble.next_delay_s()
         self.phase = "WAITING"
         if now + delay_s >= deadline:
-            self._timer = self._loop.call_later(max(0.0, deadline - now), self._delete)
+            self._timer = self._loop.call_later(max(0.0, deadline - now), self._too_late)
         else:
             self._timer = self._loop.call_later(delay_s, lambda: self._attempt(deadline))
 
@@ -239,6 +249,9 @@ class Supervised:
         launch = self._launch
         assert launch is not None
         _log.error("%s", error)
+        if self._trouble is not None:
+            is_refusal = getattr(error, "errno", None) == errno.ENOTRECOVERABLE
+            self._trouble.nr_refusals = self._trouble.nr_refusals + 1 if is_refusal else 0
         self._end_launch()
         # It has reported its error or its time is over; the device is not its any more. It may be
         # a while until the kernel has ended it, which the next attempt waits for.
@@ -258,11 +271,14 @@ class Supervised:
     def _end_trouble(self) -> None:
         self._timer = self._trouble = None
 
-    # ---- none in time ----
+    # ---- none in time, or none at all ----
 
-    def _delete(self) -> None:
+    def _too_late(self) -> None:
+        self._delete("not recovered in time")
+
+    def _delete(self, reason: str) -> None:
         self.phase = "ENDING"
-        _log.error("dev %d: not recovered in time; it is deleted, its requests fail", self.dev_id)
+        _log.error("dev %d: %s; it is deleted, its requests fail", self.dev_id, reason)
         process = fork(lambda: _delete_device(self.dev_id))
 
         def ended() -> None:

@@ -8,6 +8,7 @@ and UBLK_LOOP_SOAK_OPTIONS adds words to their device's `ublk add`, such as --no
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -133,6 +134,51 @@ def test_server_is_replaced_when_it_died_while_no_daemon_ran_and_the_next_daemon
     assert device["nr_recoveries"] == 1
     assert daemon.ask("reload", executable=sys.executable)["document"] == {"reloads": True}
     assert daemon.device(added["dev_id"]) == device
+
+
+def _begin_a_recovery(control: Control, dev_id: int) -> None:
+    # As a server that is killed before it has fetched a queue. Linux 6.12 lets no other begin then.
+    control.start_user_recovery(dev_id)
+
+
+def test_device_that_no_server_can_take_over_any_more_is_deleted_before_its_deadline(
+    daemon: Daemon, control: Control, features: int, open_block: Any, wait_until: WaitUntil
+) -> None:
+    """The daemon tried it until the deadline."""
+    added = daemon.add("-t null --recovery_deadline 86400")
+    dev_id = added["dev_id"]
+    daemon.kill()
+    with open_block(added["block_device"]) as block:
+        os.kill(added["server_pid"], signal.SIGKILL)
+        _begin_a_recovery(control, dev_id)
+        daemon.start()
+        if features & uapi.UBLK_F_QUIESCE:
+            assert block.read(0, 4096) == bytes(4096)
+            return
+        with pytest.raises(OSError, match="Input/output error"):
+            block.read(0, 4096)
+    wait_until(lambda: list_dev_ids() == [], timeout_s=60)
+    wait_until(lambda: daemon.device(dev_id) is None, timeout_s=60)
+    assert state.read(dev_id) is None
+
+
+def test_device_that_no_server_can_take_over_any_more_says_so_and_is_deleted_by_hand(
+    daemon: Daemon, control: Control, features: int, wait_until: WaitUntil
+) -> None:
+    added = daemon.add("-t null -r 1")
+    dev_id = added["dev_id"]
+    os.kill(added["server_pid"], signal.SIGKILL)
+    _begin_a_recovery(control, dev_id)
+    wait_until(lambda: daemon.device(dev_id) is None, timeout_s=30)
+    reply = daemon.ask("recover", dev_id=dev_id, as_json=True, two_lines=False)
+    if features & uapi.UBLK_F_QUIESCE:
+        assert (reply["exit_code"], reply["err"]) == (0, "")
+        return
+    assert reply["exit_code"] == 1
+    assert os.strerror(errno.ENOTRECOVERABLE) in reply["err"]
+    assert control.get_dev_info(dev_id).state == uapi.UBLK_S_DEV_QUIESCED
+    manage.delete(dev_id)
+    assert list_dev_ids() == []
 
 
 def test_device_added_with_r_waits_for_recover_by_hand(
