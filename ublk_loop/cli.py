@@ -20,7 +20,7 @@ import click
 
 from . import listing, state
 from .cli_add import TYPE_HELP, add, parse_size
-from .cli_base import cli, number_option
+from .cli_base import Integer, cli, number_option
 from .cli_daemon import daemon
 from .cli_del import delete, stop
 from .cli_list import list_devices
@@ -97,7 +97,7 @@ def parse_cpus(_: click.Context, __: click.Parameter, text: str) -> frozenset[in
 
 @click.command("set_affinity", short_help="Choose the CPUs of a queue's thread.")
 @number_option(required=True)
-@click.option("-q", "--queue", "q_id", type=click.IntRange(0), required=True, metavar="QID")
+@click.option("-q", "--queue", "q_id", type=Integer(0), required=True, metavar="QID")
 @click.option(
     "--cpuset",
     "cpus",

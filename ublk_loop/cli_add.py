@@ -20,7 +20,7 @@ import click
 
 from . import client, listing, protocol, state, uapi
 from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, request_of
-from .cli_base import CONTEXT, ask, cli, usage_text, warn
+from .cli_base import CONTEXT, Integer, ask, cli, usage_text, warn
 from .state import TargetSpec
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class PollTime(click.ParamType[int | None]):
     def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
         if value == "auto":
             return None
-        return click.IntRange(0, state.MAX_POLL_US).convert(value, param, ctx)
+        return Integer(0, state.MAX_POLL_US).convert(value, param, ctx)
 
 
 class BufSize(click.ParamType[int]):
@@ -117,7 +117,7 @@ class BufSize(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        return click.IntRange(PAGE_BYTES, 32 << 20).convert(parse_bytes(str(value)), param, ctx)
+        return Integer(PAGE_BYTES, 32 << 20).convert(parse_bytes(str(value)), param, ctx)
 
 
 def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
@@ -206,7 +206,7 @@ def _type_of(ctx: click.Context, word: str) -> str:
     "--number",
     "dev_id",
     metavar="DEV_ID",
-    type=click.IntRange(-1, state.MAX_DEV_ID),
+    type=Integer(-1, state.MAX_DEV_ID),
     default=-1,
     help="Number; -1, the default: a free one.",
 )
@@ -214,14 +214,14 @@ def _type_of(ctx: click.Context, word: str) -> str:
     "-q",
     "--queues",
     metavar="NR",
-    type=click.IntRange(1, state.MAX_NR_HW_QUEUES),
+    type=Integer(1, state.MAX_NR_HW_QUEUES),
     help="Hardware queues, at most one a CPU; default: two with one thread, or one.",
 )
 @click.option(
     "-d",
     "--depth",
     metavar="NR",
-    type=click.IntRange(1, state.MAX_QUEUE_DEPTH),
+    type=Integer(1, state.MAX_QUEUE_DEPTH),
     default=128,
     show_default=True,
     help="Requests in flight in each queue.",
@@ -255,7 +255,7 @@ def _type_of(ctx: click.Context, word: str) -> str:
 @click.option(
     "--recovery_deadline",
     metavar="S",
-    type=click.IntRange(1, state.MAX_DEADLINE_S),
+    type=Integer(1, state.MAX_DEADLINE_S),
     help=f"After so many seconds without one the device is deleted. [default: {DEADLINE_S}]",
 )
 @click.option(
@@ -299,7 +299,7 @@ def _type_of(ctx: click.Context, word: str) -> str:
     "--io_desc_size",
     "io_desc_bytes",
     metavar="BYTES",
-    type=click.IntRange(state.IO_DESC_BYTES, state.MAX_IO_DESC_BYTES),
+    type=Integer(state.IO_DESC_BYTES, state.MAX_IO_DESC_BYTES),
     help="The size of a request's descriptor; default: 24, which is all that is used.",
 )
 @click.option(
@@ -321,14 +321,14 @@ def _type_of(ctx: click.Context, word: str) -> str:
 @click.option(
     "--nthreads",
     metavar="NR",
-    type=click.IntRange(1, state.MAX_NR_THREADS),
+    type=Integer(1, state.MAX_NR_THREADS),
     help="Threads that share the queues; default: one a queue.",
 )
 @click.option(
     "-T",
     "threads_a_queue",
     metavar="NR",
-    type=click.IntRange(1, state.MAX_QUEUE_DEPTH),
+    type=Integer(1, state.MAX_QUEUE_DEPTH),
     help="So many times as many threads as queues; not with -b.",
 )
 @click.option(
@@ -352,14 +352,12 @@ def _type_of(ctx: click.Context, word: str) -> str:
 @click.option(
     "--delay_us",
     metavar="US",
-    type=click.IntRange(0, state.MAX_DELAY_US),
+    type=Integer(0, state.MAX_DELAY_US),
     help="null: how long each request takes; default: 0.",
 )
 @click.option("--buffered_io", is_flag=True, help="loop, stripe: use the page cache.")
 @click.option("--direct_io", is_flag=True, help="loop, stripe: bypass the page cache.")
-@click.option(
-    "-o", "--offset", type=click.IntRange(0), metavar="SECTORS", help="loop: where to begin."
-)
+@click.option("-o", "--offset", type=Integer(0), metavar="SECTORS", help="loop: where to begin.")
 @click.option("-R", "--read_only", is_flag=True, help="loop, null: a read-only device.")
 @click.option("--size", "nr_bytes", callback=parse_size, metavar="SIZE", help="The device's size.")
 @click.option(
@@ -379,7 +377,7 @@ def _type_of(ctx: click.Context, word: str) -> str:
     "--metadata_size",
     "metadata_bytes",
     metavar="BYTES",
-    type=click.IntRange(1, state.MAX_METADATA_BYTES),
+    type=Integer(1, state.MAX_METADATA_BYTES),
     help="loop, null: each block has so many bytes of metadata; of loop, the second file has them.",
 )
 @click.option(
@@ -390,13 +388,13 @@ def _type_of(ctx: click.Context, word: str) -> str:
 @click.option(
     "--pi_offset",
     metavar="BYTES",
-    type=click.IntRange(0, state.MAX_METADATA_BYTES),
+    type=Integer(0, state.MAX_METADATA_BYTES),
     help="Where in the metadata that is; default: 0.",
 )
 @click.option(
     "--tag_size",
     metavar="BYTES",
-    type=click.IntRange(0, state.MAX_METADATA_BYTES),
+    type=Integer(0, state.MAX_METADATA_BYTES),
     help="How much of it is for applications; default: 0.",
 )
 @click.option("--integrity_capable", is_flag=True, help="The device says that it checks it, too.")

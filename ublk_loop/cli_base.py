@@ -25,7 +25,15 @@ CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
-_DEV_ID = click.IntRange(0, state.MAX_DEV_ID)
+
+
+class Integer(click.IntRange):
+    """A whole number within bounds; of ``1M`` it says "not a valid integer"."""
+
+    name = "integer"
+
+
+_DEV_ID = Integer(0, state.MAX_DEV_ID)
 
 
 def number_option(*, required: bool) -> Callable[[_AnyCommand], _AnyCommand]:
@@ -58,11 +66,9 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except UblkLoopError as error:
             fail(str(error))
-        except click.UsageError as error:
-            fail(usage_text(error), exit_code=2)
-        except ValueError as error:
-            command = f"ublk {ctx.invoked_subcommand}"
-            fail(usage_text(click.UsageError(str(error)), command), exit_code=2)
+        except (click.UsageError, ValueError) as error:
+            usage = error if isinstance(error, click.UsageError) else click.UsageError(str(error))
+            fail(usage_text(usage, f"ublk {ctx.invoked_subcommand}"), exit_code=2)
 
 
 def fail(text: str, *, exit_code: int = 1) -> NoReturn:

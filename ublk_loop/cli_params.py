@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import state, uapi
+from .cli_base import Integer
 from .errors import DriverError
 from .params import BasicParams, Params, ZonedParams
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from .control import Control, DevInfo
 
 MAX_IO_BUF_BYTES = 1 << 20
-_SHIFT = click.IntRange(0, 255)
-_U32 = click.IntRange(0, 0xFFFFFFFF)
-_NR_SECTORS = click.IntRange(0, (1 << 64) - 1)
+_SHIFT = Integer(0, 255)
+_U32 = Integer(0, 0xFFFFFFFF)
+_NR_SECTORS = Integer(0, (1 << 64) - 1)
 _SECTIONS = ("basic", "zoned")
 _Section = TypeVar("_Section", BasicParams, ZonedParams)
 
@@ -34,9 +35,9 @@ def _sections(_: click.Context, __: click.Parameter, text: str) -> frozenset[str
 
 
 @click.command("set_params", short_help="Ask the driver whether it takes these parameters.")
-@click.option("-n", "--number", "dev_id", type=click.IntRange(-1, state.MAX_DEV_ID), default=-1)
-@click.option("-q", "--queues", type=click.IntRange(1, state.MAX_NR_HW_QUEUES), default=1)
-@click.option("-d", "--depth", type=click.IntRange(1, state.MAX_QUEUE_DEPTH), default=128)
+@click.option("-n", "--number", "dev_id", type=Integer(-1, state.MAX_DEV_ID), default=-1)
+@click.option("-q", "--queues", type=Integer(1, state.MAX_NR_HW_QUEUES), default=1)
+@click.option("-d", "--depth", type=Integer(1, state.MAX_QUEUE_DEPTH), default=128)
 @click.option("-u", "--user_copy", is_flag=True, help="Of a device with USER_COPY.")
 @click.option("--zoned", is_flag=True, help="Of a zoned device; needs -u.")
 @click.option(

@@ -65,6 +65,23 @@ def test_a_command_exits_with_2_and_says_one_line_when_the_usage_is_wrong(line: 
     assert_names_the_help(result.stderr)
 
 
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("add -t loop -f", "Option '-f' requires an argument: see ublk add --help"),
+        ("del -n", "Option '-n' requires an argument: see ublk del --help"),
+        ("--numbr 0", "No such option '--numbr': see ublk --help"),
+        (
+            "add -t loop -f d.img -o 1M",
+            "Invalid value for '-o' / '--offset': '1M' is not a valid integer: see ublk add --help",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_driver")
+def test_wrong_usage_names_the_help_of_its_command(line: str, error: str) -> None:
+    assert ublk(*line.split()).stderr == f"ublk: {error}\n"
+
+
 def test_ublk_alone_exits_with_2_and_shows_the_help() -> None:
     result = ublk()
     assert (result.exit_code, result.stdout) == (2, "")
