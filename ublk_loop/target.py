@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import mmap
 import os
@@ -419,7 +420,7 @@ class LoopTarget(Target):
 
     @property
     def can_discard(self) -> bool:
-        return self._can_punch
+        return not self.read_only and self._can_punch
 
     @property
     def can_write_zeroes(self) -> bool:
@@ -495,7 +496,6 @@ class LoopTarget(Target):
         self.physical_bs = max(self.logical_bs, min(natural, PAGE_BYTES))
         self.discard_granularity = self.physical_bs
         self.rotational = _is_rotational(info.st_rdev if self._is_block else info.st_dev)
-        self._can_punch = not self.read_only and self._probe_punch(info)
         if self.direct:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT)
@@ -553,14 +553,17 @@ class LoopTarget(Target):
         finally:
             os.close(fd)
 
-    def _probe_punch(self, info: os.stat_result) -> bool:
+    # Asked for when a device is made: a file gets a new mtime, and one that is refused keeps its.
+    @functools.cached_property
+    def _can_punch(self) -> bool:
+        info = os.fstat(self._fd)
         if self._is_block:
             dev = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
             limit = Path(f"/sys/dev/block/{dev}/queue/write_zeroes_max_bytes")
             with contextlib.suppress(OSError, ValueError):
                 return int(limit.read_text()) > 0
             return False
-        # Past the end with KEEP_SIZE: changes nothing, and says whether it could.
+        # Past the end with KEEP_SIZE: changes no data, and says whether it could.
         end = -(-info.st_size // PAGE_BYTES) * PAGE_BYTES
         return bool(lib.ul_target_probe_punch(self._fd, end, PAGE_BYTES) == 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,13 @@ def test_warns_of_the_end_of_a_file_that_does_not_fill_a_block(tmp_path: Path) -
             warning = taken.mark(0)
         assert (f"the last {nr_rest} bytes of {path} " in warning) == (nr_rest is not None), warning
         assert bool(warning) == (nr_rest is not None), warning
+
+
+def test_a_file_that_is_refused_keeps_its_mtime(tmp_path: Path) -> None:
+    # A bug: whether holes can be punched was tried first, by punching one behind its end.
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(BackingFileError, match="do not fit"):
+        LoopTarget(str(path), nr_bytes=8192)
+    assert path.stat().st_mtime_ns == 1
