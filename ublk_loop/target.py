@@ -587,11 +587,11 @@ class LoopTarget(Target):
                 f"{self.logical_bs}: they are left out"
             )
         if self.size <= 0:
-            raise BackingFileError(
-                errno.EINVAL,
-                self.path,
-                f"too small: {max(size, 0)} bytes do not hold one block of {self.logical_bs}",
-            )
+            rest = f"{max(size, 0)} bytes"
+            if self.offset_bytes:
+                rest += f" behind offset {self.offset_bytes}"
+            text = f"too small: {rest} do not hold one block of {self.logical_bs}"
+            raise BackingFileError(errno.EINVAL, self.path, text)
 
 
 def mark_parts(parts: Sequence[Target], dev_id: int) -> str:

@@ -53,3 +53,10 @@ def test_a_file_that_is_refused_keeps_its_mtime(tmp_path: Path) -> None:
     with pytest.raises(BackingFileError, match="do not fit"):
         LoopTarget(str(path), nr_bytes=8192)
     assert path.stat().st_mtime_ns == 1
+
+
+def test_a_file_that_ends_before_the_offset_is_said_to_end_there(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    with pytest.raises(BackingFileError, match="too small: 0 bytes behind offset 8192 do not"):
+        LoopTarget(str(path), offset_bytes=8192)
