@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from . import __version__, client, protocol, state
-from .errors import DaemonError, UblkLoopError
+from .errors import DaemonError, UblkLoopError, one_line
 
 _AnyCommand = TypeVar("_AnyCommand", bound=Callable[..., Any])
 
@@ -116,7 +116,7 @@ def tried(dev_id: int, function: Callable[[], Any]) -> dict[str, Any]:
 
 def warn(text: str) -> None:
     """Print a line that is no error."""
-    click.echo(f"ublk: warning: {text}", err=True)
+    click.echo(f"ublk: warning: {one_line(text)}", err=True)
 
 
 def exit_if_failed(done: list[dict[str, Any]]) -> None:

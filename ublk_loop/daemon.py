@@ -45,7 +45,7 @@ from . import (
     state,
     systemd,
 )
-from .errors import DaemonError, UblkLoopError
+from .errors import DaemonError, UblkLoopError, one_line
 from .launch import LAUNCH_TIMEOUT_S, Launch
 from .protocol import EXIT_DO_IT_YOURSELF, Reply
 from .serve import serve_new, serve_recovery, serve_upgrade
@@ -303,7 +303,7 @@ class Adding:
         self._is_answered = True
         self._timer.cancel()
         launch = self._launch
-        warning = f"ublk: warning: {launch.warning}\n" if launch.warning else ""
+        warning = f"ublk: warning: {one_line(launch.warning)}\n" if launch.warning else ""
         self._done(Reply(out=launch.live, err=warning))
 
     def _timed_out(self) -> None:

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .holders import Holder
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F)}
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` with each newline, which a file's name may have, or its like as ``\\x0a``."""
+    return text.translate(_CONTROLS)
+
 
 class UblkLoopError(OSError):
     """Base of all errors here; ``errno`` is always set.
@@ -33,7 +40,7 @@ class UblkLoopError(OSError):
 
     def __str__(self) -> str:
         text = f"{self.what}: {self.strerror}"
-        return f"{text}: {self.hint}" if self.hint else text
+        return one_line(f"{text}: {self.hint}" if self.hint else text)
 
     # OSError's own would call us with its two arguments and lose the text.
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,4 +81,12 @@ def check(result: int, what: str, hint: str = "") -> int:
     return result
 
 
-__all__ = ["BackingFileError", "BusyError", "DaemonError", "DriverError", "UblkLoopError", "check"]
+__all__ = [
+    "BackingFileError",
+    "BusyError",
+    "DaemonError",
+    "DriverError",
+    "UblkLoopError",
+    "check",
+    "one_line",
+]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import sharing, uapi
+from .errors import one_line
 
 if TYPE_CHECKING:
     from .control import DevInfo
@@ -136,7 +137,7 @@ def _cells(rows: Iterable[Row], columns: Sequence[str], headings: bool) -> list[
 def _cell(value: str | int | bool | None) -> str:
     if value is None:
         return ""
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    return str(int(value)) if isinstance(value, bool) else one_line(str(value))
 
 
 __all__ = [

@@ -19,6 +19,11 @@ def test_error_says_what_errno_and_hint_in_one_line(kind: type[UblkLoopError]) -
     assert str(kind(errno.EBUSY, "START_DEV dev 3")) == "START_DEV dev 3: Device or resource busy"
 
 
+def test_error_is_one_line_when_a_file_has_two_in_its_name() -> None:
+    error = BackingFileError(errno.ENOENT, "/srv/a\nb.img", "\tnone\x7f")
+    assert str(error) == r"/srv/a\x0ab.img: No such file or directory: \x09none\x7f"
+
+
 def test_error_survives_pickling() -> None:
     error = DriverError(errno.ENODEV, "STOP_DEV dev 1", "ublk list shows the devices")
     copy = pickle.loads(pickle.dumps(error))

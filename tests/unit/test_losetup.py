@@ -78,6 +78,12 @@ def test_raw_has_no_blank_inside_a_column(rows: list[Row], tmp_path: Path) -> No
     assert text == f"/dev/ublkb0 {tmp_path}/a\\x20file"
 
 
+def test_a_row_is_one_line_when_a_file_has_two_in_its_name(rows: list[Row]) -> None:
+    row = {**rows[0], "BACK-FILE": "/srv/a\nb c"}
+    assert losetup.table([row], ("BACK-FILE",), headings=False) == r"/srv/a\x0ab c"
+    assert losetup.raw([row], ("BACK-FILE",), headings=False) == r"/srv/a\x0ab\x20c"
+
+
 def test_old_format_names_inode_offset_and_limit(rows: list[Row], tmp_path: Path) -> None:
     found = (tmp_path / "a file").stat()
     where = f"[{found.st_dev:04d}]:{found.st_ino} ({tmp_path}/a file)"
