@@ -54,6 +54,7 @@ from .supervise import Supervised, let_go
 
 MAX_SESSIONS = 512
 REQUEST_TIMEOUT_S = 10.0
+NR_FILES = 65536  # as LimitNOFILE in contrib/systemd/ublk.service
 
 _log = logging.getLogger(__name__)
 
@@ -617,13 +618,22 @@ def _run(
     os.umask(0o077)
     listener = _listen()
     on_listening()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_file_limit()
     process.protect_from_reclaim()
     preload()
     _log.info("daemon runs, pid %d", os.getpid())
     Daemon(listener, config_path, boots).run()
     os.close(lock_fd)
+
+
+def raise_file_limit() -> None:
+    """Have room for a pidfd a device, and for what servers open, though who began us may not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < NR_FILES:
+        with contextlib.suppress(OSError, ValueError):  # root may
+            resource.setrlimit(resource.RLIMIT_NOFILE, (NR_FILES, NR_FILES))
+            return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _take_lock() -> int:

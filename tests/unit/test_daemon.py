@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any
 import pytest
 
 from ublk_loop import events, protocol, scheduler
-from ublk_loop.daemon import Adding, _Session
+from ublk_loop.daemon import NR_FILES, Adding, _Session, raise_file_limit
+from ublk_loop.process import fork
 from ublk_loop.standby import Child
 from ublk_loop.supervise import let_go
+
+CAP_SYS_RESOURCE = 24
 
 
 def test_client_sees_the_end_though_a_child_has_a_copy_of_its_connection() -> None:
@@ -32,6 +37,23 @@ def test_client_sees_the_end_though_a_child_has_a_copy_of_its_connection() -> No
             data += part
         assert protocol.parse_reply(data).out == "text"
         os.close(copy_fd)
+
+
+def test_daemon_may_open_files_for_its_devices_though_who_began_it_might_not() -> None:
+    """Of 20 files none was left for the second server, which ended without a word."""
+    effective = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.M)
+    assert effective is not None
+    wanted = NR_FILES if int(effective[1], 16) >> CAP_SYS_RESOURCE & 1 else 20
+
+    def child() -> int:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (10, 20))
+        raise_file_limit()
+        return int(resource.getrlimit(resource.RLIMIT_NOFILE) != (wanted, wanted))
+
+    process = fork(child)
+    assert process.wait(20)
+    assert os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1]) == 0
+    process.close()
 
 
 class _Owner:
