@@ -31,6 +31,11 @@ _RAM_IS_LOST = "a ram device cannot be recovered: its data dies with its server"
 _BY_HAND = ("user_recovery", "user_recovery_reissue", "user_recovery_fail_io")
 
 
+def current_dir() -> str:
+    """Return the current directory; one that was removed ends in `` (deleted)``."""
+    return os.readlink("/proc/self/cwd")
+
+
 def request_of(
     given: dict[str, Any], *, cwd: str | None = None, supervised: bool = False
 ) -> Request:
@@ -42,7 +47,7 @@ def request_of(
     """
     from . import server
 
-    cwd = os.getcwd() if cwd is None else cwd
+    cwd = current_dir() if cwd is None else cwd
     flags, deadline_s = _recovery(given, supervised)
     return server.Request(
         options=DeviceOptions(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import client, listing, protocol, state, uapi
-from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, request_of
+from .add_request import DEADLINE_S, PAGE_BYTES, RECOVERIES, current_dir, request_of
 from .cli_base import CONTEXT, Integer, ask, cli, usage_text, warn
 from .state import TargetSpec
 
@@ -441,7 +441,7 @@ def add_device(words: Iterable[str]) -> dict[str, Any]:
     request = request_of(given)
     if _may_start_daemon():
         client.start()
-        reply = ask(protocol.Add(tuple(words), os.getcwd()))
+        reply = ask(protocol.Add(tuple(words), current_dir()))
         if reply is not None:
             click.echo(reply.err, err=True, nl=False)
             return _document(reply.out)

@@ -105,6 +105,21 @@ def test_add_takes_the_words_of_rublk(requests: list[Request]) -> None:
     assert (request.spec.read_only, request.spec.logical_bs) == (True, 4096)
 
 
+def test_add_ends_in_no_traceback_when_the_current_directory_was_removed(
+    requests: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for name in ("/srv/d.img", "d.img"):
+        assert ublk("add", "-t", "loop", "-f", name).exit_code == 0
+    assert [one.spec.path for one in requests] == [
+        "/srv/d.img",
+        f"{gone} (deleted)/d.img",
+    ]
+
+
 def test_add_of_null_takes_a_block_size_and_is_read_only_if_asked(requests: list[Request]) -> None:
     assert ublk("add", "null", "--logical-block-size", "4096", "--read-only", "-p").exit_code == 0
     (request,) = requests
