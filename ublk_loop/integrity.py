@@ -22,7 +22,7 @@ from .target import LoopTarget, NativeTarget, NullTarget, Target, mark_parts
 
 if TYPE_CHECKING:
     from ._uring import ul_target_config
-    from .state import Metadata
+    from .state import FileIdentity, Metadata
 
 _NONE = b"\xff"  # what turns the kernel's checks of a block off
 
@@ -73,6 +73,10 @@ class IntegrityTarget(Target):
             csum_type=CSUM_TYPES[metadata.csum],
             tag_size=metadata.tag_bytes,
         )
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        return tuple(file for part in self._parts() for file in part.files)
 
     @property
     def has_fua(self) -> bool:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from . import listing, log, process, protocol, state, uapi
 from .errors import BackingFileError, DaemonError, DriverError, UblkLoopError
 from .sandbox import CAP_FOWNER, Sandbox
-from .state import DeviceOptions, DeviceState, QueueState, TargetSpec
+from .state import DeviceOptions, DeviceState, FileIdentity, QueueState, TargetSpec
 
 if TYPE_CHECKING:
     from .control import Control, DevInfo
@@ -195,6 +195,7 @@ def _build_target(request: Request) -> Target:
             nr_bytes=spec.nr_bytes,
             direct=spec.direct,
             recovers=recovers,
+            known=spec.files,
         )
     return RamTarget(_needed_size(spec))
 
@@ -211,7 +212,12 @@ def _build_loop_target(spec: TargetSpec, recovers: int | None) -> LoopTarget:
         limit_bytes=spec.limit_bytes,
         logical_bs=spec.logical_bs,
         recovers=recovers,
+        known=_known(spec, 0),
     )
+
+
+def _known(spec: TargetSpec, index: int) -> FileIdentity | None:
+    return spec.files[index] if spec.files else None
 
 
 def _build_null_target(spec: TargetSpec) -> NullTarget:
@@ -240,9 +246,14 @@ def _build_integrity_target(
     if spec.type == "null":
         return IntegrityTarget(_build_null_target(spec), metadata, None)
     data = _build_loop_target(spec, recovers)
-    path, read_only = spec.metadata_path, spec.read_only
     try:
-        file = LoopTarget(path, direct=False, read_only=read_only, recovers=recovers)
+        file = LoopTarget(
+            spec.metadata_path,
+            direct=False,
+            read_only=spec.read_only,
+            recovers=recovers,
+            known=_known(spec, 1),
+        )
     except BaseException:
         data.close()
         raise
@@ -328,13 +339,14 @@ def _make_device(
 
 def _state_of(device: Device, shared: Shared, request: Request) -> DeviceState:
     target = device.target
-    spec = replace(request.spec, nr_bytes=target.size)
+    files = request.spec.files if request.recover else ()
+    spec = replace(request.spec, nr_bytes=target.size, files=files or target.files)
     if spec.type in ("loop", "stripe"):
         # What was found, so that a recovery finds the same geometry or fails.
         spec = replace(spec, direct=bool(target.describe()["direct_io"]))
     if spec.type == "loop":
         spec = replace(spec, logical_bs=target.logical_bs)
-    files = zip(request.options.shared_files, shared, strict=True)
+    shared_files = zip(request.options.shared_files, shared, strict=True)
     info = device.info
     return DeviceState(
         dev_id=device.dev_id,
@@ -348,7 +360,7 @@ def _state_of(device: Device, shared: Shared, request: Request) -> DeviceState:
             queue_depth=info.queue_depth,
             max_io_buf_bytes=info.max_io_buf_bytes,
             flags=info.flags,
-            shared_files=tuple(memory.file if memory else file for file, memory in files),
+            shared_files=tuple(memory.file if memory else file for file, memory in shared_files),
         ),
         spec=spec,
         target=target.describe(),

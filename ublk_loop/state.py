@@ -76,12 +76,26 @@ class Metadata:
 
 
 @dataclass(frozen=True)
+class FileIdentity:
+    """What tells a backing file from others, as identity.py has it; all 0: nothing is known.
+
+    A regular file has an ``ino``, a block device an ``rdev``. ``version`` tells those apart that
+    have one number after another.
+    """
+
+    ino: int = 0
+    rdev: int = 0
+    version: int = 0
+
+
+@dataclass(frozen=True)
 class TargetSpec:
     """What a target is built from; None means what the file offers.
 
     ``limit_bytes``: at most so much of the file, as losetup's ``--sizelimit``. A stripe has
     ``stripe_paths`` instead of ``path``, and chunks of ``chunk_bytes``. ``metadata``, of loop and
-    null, is in ``metadata_path``.
+    null, is in ``metadata_path``. ``files``: what a recovery has to find at these paths, in their
+    order; empty: an older version did not keep it, or there are none.
     """
 
     type: str
@@ -97,6 +111,7 @@ class TargetSpec:
     delay_us: int = 0
     metadata: Metadata | None = None
     metadata_path: str = ""
+    files: tuple[FileIdentity, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -312,7 +327,7 @@ def is_chunk(nr_bytes: int) -> bool:
 
 def parse_spec(value: JsonValue) -> TargetSpec:
     """Return the target that a JSON object holds. :raises ValueError: what is wrong with it."""
-    defaults: Json = {**asdict(TargetSpec("")), "stripe_paths": []}
+    defaults: Json = {**asdict(TargetSpec("")), "stripe_paths": [], "files": []}
     del defaults["type"]
     fields = Fields("spec", value, *TargetSpec.__dataclass_fields__, defaults=defaults)
     spec = TargetSpec(
@@ -329,13 +344,22 @@ def parse_spec(value: JsonValue) -> TargetSpec:
         delay_us=fields.integer("delay_us", 0, MAX_DELAY_US),
         metadata=_parse_metadata(fields.value("metadata")),
         metadata_path=fields.text("metadata_path"),
+        files=tuple(_parse_identity(file) for file in fields.array("files", MAX_STRIPE_FILES)),
     )
     paths = {"loop": (spec.path,), "stripe": spec.stripe_paths}.get(spec.type, ())
     if spec.type == "loop" and spec.metadata is not None:
         paths += (spec.metadata_path,)
     if not all(os.path.isabs(path) for path in paths):
         raise ValueError("spec: path is not absolute")
+    if spec.files and len(spec.files) != len(paths):
+        raise ValueError(f"spec: files has not {len(paths)} of them")
     return spec
+
+
+def _parse_identity(value: JsonValue) -> FileIdentity:
+    fields = Fields("a file", value, *FileIdentity.__dataclass_fields__)
+    numbers = (fields.integer(name, 0, (1 << 64) - 1) for name in ("ino", "rdev", "version"))
+    return FileIdentity(*numbers)
 
 
 def _parse_metadata(value: JsonValue) -> Metadata | None:

@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import sharing
+from . import identity, sharing
 from ._uring import ffi, lib
 from .errors import BackingFileError, check
 from .params import IntegrityParams, SegmentParams
-from .state import CHUNK_BYTES, is_chunk
+from .state import CHUNK_BYTES, FileIdentity, is_chunk
 from .uapi import (
     UBLK_IO_OP_DISCARD,
     UBLK_IO_OP_FLUSH,
@@ -141,6 +141,11 @@ class Target:
     def integrity(self) -> IntegrityParams | None:
         """The metadata of its blocks, which need UBLK_F_INTEGRITY; None: they have none."""
         return None
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        """What its backing files are told from others by."""
+        return ()
 
     @property
     def page_alignment(self) -> int:
@@ -361,9 +366,10 @@ class LoopTarget(Target):
     :param limit_bytes: the device has at most so much of the file.
     :param logical_bs: the 512 to 4096; default: the smallest logical block that the file takes.
     :param recovers: the dev_id of a device that was served before, by a server that has to be gone.
+    :param known: the file that it was served from.
     :raises BackingFileError: ENOENT, EACCES, EROFS, EISDIR, ..., EBUSY (it is locked; another
         device that serves it is in use; the server before has not ended), EINVAL (too small;
-        O_DIRECT or a block size demanded and refused).
+        O_DIRECT or a block size demanded and refused), ESTALE (it is another file than ``known``).
     :raises ValueError: bad numbers.
     """
 
@@ -381,6 +387,7 @@ class LoopTarget(Target):
         limit_bytes: int | None = None,
         logical_bs: int | None = None,
         recovers: int | None = None,
+        known: FileIdentity | None = None,
     ) -> None:
         if logical_bs is not None:
             _check_bs(logical_bs)
@@ -391,6 +398,9 @@ class LoopTarget(Target):
         self.read_only = read_only
         self._fd = _open_backing(self.path, read_only)
         try:
+            self._identity = identity.of(self._fd)
+            if recovers is not None and known is not None:
+                identity.check(self.path, recovers, known, self._identity)
             self._lock_file()
             self._take_geometry(direct, logical_bs)
             self._take_size(nr_bytes, limit_bytes)
@@ -406,6 +416,10 @@ class LoopTarget(Target):
         sharing.mark(self._fd, self.path, dev_id, read_only=self.read_only)
         shared = sharing.warning(self.path, dev_id, self._others(), read_only=self.read_only)
         return "; ".join(filter(None, [shared, self._rest_warning]))
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        return (self._identity,)
 
     def _others(self) -> list[int]:
         return sharing.others(self._fd, self.offset_bytes, self.size, read_only=self.read_only)
@@ -610,6 +624,7 @@ class StripeTarget(Target):
     :param nr_bytes: the device's length; default: all that they have.
     :param direct: O_DIRECT or the page cache.
     :param recovers: as LoopTarget.
+    :param known: as LoopTarget, one a path, or none.
     :raises BackingFileError: as LoopTarget; EINVAL if they are not of one size, too small, or one
         is there twice.
     :raises ValueError: bad numbers.
@@ -628,6 +643,7 @@ class StripeTarget(Target):
         nr_bytes: int | None = None,
         direct: bool | None = None,
         recovers: int | None = None,
+        known: Sequence[FileIdentity] = (),
     ) -> None:
         if not 1 <= len(paths) <= lib.UL_STRIPE_MAX:
             raise ValueError(f"{len(paths)} files are not 1 to {lib.UL_STRIPE_MAX}")
@@ -635,9 +651,11 @@ class StripeTarget(Target):
             raise ValueError(f"chunk size {chunk_bytes} is not a power of 2 from 4096 to 524288")
         self._chunk_bytes = chunk_bytes
         self._parts: list[LoopTarget] = []
+        files: Sequence[FileIdentity | None] = known or [None] * len(paths)
         try:
-            for path in paths:
-                self._parts.append(LoopTarget(path, direct=direct, recovers=recovers))
+            for path, file in zip(paths, files, strict=True):
+                part = LoopTarget(path, direct=direct, recovers=recovers, known=file)
+                self._parts.append(part)
             self._take_geometry()
             self._take_size(nr_bytes)
         except BaseException:
@@ -646,6 +664,10 @@ class StripeTarget(Target):
 
     def mark(self, dev_id: int) -> str:
         return mark_parts(self._parts, dev_id)
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        return tuple(part._identity for part in self._parts)
 
     @property
     def can_discard(self) -> bool:

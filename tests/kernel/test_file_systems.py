@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import ublk_loop
+from ublk_loop import identity
+from ublk_loop.state import FileIdentity
 from ublk_loop.target import LoopTarget
 from ublk_loop.uapi import UBLK_F_NEED_GET_DATA, UBLK_F_USER_COPY
 
@@ -100,6 +102,32 @@ def test_tree_survives_unmount_fsck_del_and_add(
     with mounted(dev.block_path, "-o", "ro") as top:
         assert fingerprint(top / "tree") == expected
     dev.delete()
+
+
+def _identity(path: Path) -> FileIdentity:
+    with path.open("rb") as file:
+        return identity.of(file.fileno())
+
+
+def test_file_is_known_again_when_its_file_system_is_mounted_from_another_device(
+    backing_file, attach_loop, mounted, run, file_system
+) -> None:
+    # What a recovery compares. The disk with its number is another one by then.
+    image, other = backing_file(file_system.nr_bytes), backing_file(1 << 20)
+    run(*file_system.mkfs, image)
+    with attach_loop(image) as disk, mounted(disk) as folder:
+        (folder / "file").write_bytes(b"data")
+        known, known_disk = _identity(folder / "file"), _identity(disk)
+        with attach_loop(other) as path:
+            assert identity.is_another(known_disk, _identity(path))
+    assert known != FileIdentity()
+    with attach_loop(other), attach_loop(image) as disk, mounted(disk) as folder:
+        assert not identity.is_another(known_disk, _identity(disk))
+        path = folder / "file"
+        assert _identity(path) == known
+        path.unlink()
+        path.write_bytes(b"data")
+        assert identity.is_another(known, _identity(path))
 
 
 def test_fstrim_gives_the_space_of_deleted_files_back(

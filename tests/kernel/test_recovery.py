@@ -96,15 +96,27 @@ def test_kills_of_server_and_daemon_at_any_moment_lose_nothing_and_show_no_error
     assert [job["error"] for job in load.end().values()] == [0, 0]
 
 
+def _put_another_in_its_place(path: Path) -> Path:
+    moved = path.rename(path.with_suffix(".moved"))
+    with path.open("wb") as file:
+        file.truncate(FILE_BYTES)
+    return moved
+
+
+@pytest.mark.parametrize("what", ["too small", "another file"])
 def test_device_is_deleted_and_its_requests_fail_when_no_server_comes_in_time(
     daemon: Daemon,
     backing_file: Callable[..., Path],
     open_block: Any,
     wait_until: WaitUntil,
+    what: str,
 ) -> None:
     path = backing_file(FILE_BYTES)
     added = daemon.add("-t loop --recovery_deadline 3 -f", path)
-    os.truncate(path, 4096)  # no server will serve that
+    if what == "too small":  # no server will serve that
+        os.truncate(path, 4096)
+    else:
+        _put_another_in_its_place(path).unlink()
     with open_block(added["block_device"]) as block:
         os.kill(added["server_pid"], signal.SIGKILL)
         with pytest.raises(OSError, match="Input/output error"):
@@ -112,6 +124,36 @@ def test_device_is_deleted_and_its_requests_fail_when_no_server_comes_in_time(
     wait_until(lambda: list_dev_ids() == [], timeout_s=60)
     wait_until(lambda: daemon.device(added["dev_id"]) is None, timeout_s=60)
     assert state.read(added["dev_id"]) is None
+
+
+def test_another_file_at_the_path_is_not_served_and_the_right_one_is_once_it_is_back(
+    daemon: Daemon,
+    backing_file: Callable[..., Path],
+    pattern: Callable[..., bytes],
+    open_block: Any,
+    wait_until: WaitUntil,
+) -> None:
+    """It was served, to a client that had the device open."""
+    data = pattern(8192)
+    path = backing_file(FILE_BYTES, data)
+    added = daemon.add("-t loop --recovery_deadline 86400 -f", path)
+    known = state.read(added["dev_id"])
+    how = {"dev_id": added["dev_id"], "as_json": True, "two_lines": False}
+    with open_block(added["block_device"]) as block:
+        moved = _put_another_in_its_place(path)
+        os.kill(added["server_pid"], signal.SIGKILL)
+        reply = daemon.ask("recover", **how)
+        while reply["exit_code"] and "is alive" in reply["err"]:
+            reply = daemon.ask("recover", **how)  # the daemon has not seen it die
+        assert (reply["exit_code"], reply["out"], reply["err"].count("\n")) == (1, "", 1)
+        assert f"{path}: {os.strerror(errno.ESTALE)}: " in reply["err"]
+        moved.rename(path)
+        wait_until(lambda: daemon.server_pid(added["dev_id"]) not in (0, added["server_pid"]), 60)
+        assert block.read(0, 8192) == data
+    now = state.read(added["dev_id"])
+    assert known is not None
+    assert now is not None
+    assert now.spec == known.spec
 
 
 def test_server_is_replaced_when_it_died_while_no_daemon_ran_and_the_next_daemon_knows(

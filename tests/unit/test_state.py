@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from ublk_loop import state
 from ublk_loop._uring import lib
 from ublk_loop.errors import DaemonError
-from ublk_loop.state import DeviceOptions, DeviceState, Metadata, QueueState, TargetSpec
+from ublk_loop.state import (
+    DeviceOptions,
+    DeviceState,
+    FileIdentity,
+    Metadata,
+    QueueState,
+    TargetSpec,
+)
 
 STATE = DeviceState(
     dev_id=3,
@@ -84,6 +91,19 @@ def test_state_of_a_device_with_metadata_is_the_same_when_read_again() -> None:
         assert name in _refusal(document)
     document["spec"] = {**dataclasses.asdict(spec), "metadata_path": "a.pi"}
     assert "path is not absolute" in _refusal(document)
+
+
+def test_state_keeps_what_tells_the_files_of_a_device_from_others() -> None:
+    files = (FileIdentity(ino=12, version=7), FileIdentity(rdev=0x700))
+    spec = TargetSpec("stripe", stripe_paths=("/srv/a", "/dev/b"), files=files)
+    state.write(dataclasses.replace(STATE, spec=spec))
+    assert state.read(STATE.dev_id) == dataclasses.replace(STATE, spec=spec)
+    document = _document()
+    document["spec"] = dataclasses.asdict(spec)
+    document["spec"]["files"] = document["spec"]["files"][:1]
+    assert "files has not 2" in _refusal(document)
+    document["spec"]["files"] = [{"ino": -1, "rdev": 0, "version": 0}] * 2
+    assert "ino is not a number" in _refusal(document)
 
 
 def test_state_replaces_the_older_one_and_leaves_no_scratch_file(state_dir: Path) -> None:
