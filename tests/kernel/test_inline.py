@@ -131,6 +131,40 @@ def test_page_written_behind_a_first_read_is_read_as_written(cold, pattern) -> N
     assert client.read(8 * MIB, 8 * KIB) == expected
 
 
+@pytest.mark.parametrize(("nr_read", "brings_all"), [(3, False), (4, True)])
+def test_page_read_again_brings_the_16_around_it_if_some_of_them_were_read(
+    cold, pattern, nr_read: int, brings_all: bool
+) -> None:
+    path, dev, client = cold
+    expected = pattern(16 * MIB)
+    place = 8 * MIB
+    pages = [place + number * PAGE for number in range(16)]
+    for offset in pages[1 : 2 * nr_read : 2]:
+        assert client.read(offset, PAGE) == expected[offset : offset + PAGE]
+        assert not is_cached(path, offset)
+    again = pages[3]
+    assert client.read(again, PAGE) == expected[again : again + PAGE]
+    cached = [offset for offset in pages if is_cached(path, offset)]
+    assert cached == (pages if brings_all else [again])
+    assert not is_cached(path, place - PAGE)
+    assert not is_cached(path, place + 16 * PAGE)
+    before = dev.hctxs[0].stats()
+    for offset in cached:
+        assert client.read(offset, PAGE) == expected[offset : offset + PAGE]
+    assert dev.hctxs[0].stats().nr_async == before.nr_async
+
+
+def test_what_was_read_is_known_though_the_kernel_reads_ahead_for_a_stream(cold, pattern) -> None:
+    path, _, client = cold
+    expected = pattern(16 * MIB)
+    once = 12 * MIB
+    for offset in (once, *range(4 * MIB, 6 * MIB, PAGE)):
+        assert client.read(offset, PAGE) == expected[offset : offset + PAGE]
+    assert not is_cached(path, once)
+    assert client.read(once, PAGE) == expected[once : once + PAGE]
+    assert is_cached(path, once)
+
+
 def test_cold_pages_are_read_by_the_ring_and_then_at_once(cold, pattern) -> None:
     _, dev, client = cold
     # Not the first pages: what the kernel read for partitions stays mapped, with its folio.

@@ -10,7 +10,7 @@
  * queue. mincore() tells, but costs as much as the pread, so its answers are
  * kept: `resident` has a bit a page. They go stale as the kernel reclaims pages
  * and then a copy blocks in a major fault; the thread's count of these is looked
- * at every so often, and one is enough to forget all answers. Holes are never
+ * at every so often, and a few are enough to forget all answers. Holes are never
  * resident, so a read of one does not allocate it (tmpfs would).
  *
  * A fault that cannot be served (the file was cut, the disk is full, the disk
@@ -38,6 +38,9 @@
 #include "map.h"
 
 #define COPIES_PER_CHECK	64
+/* A fault on the page at which the kernel begins to read ahead counts as major, and
+ * waits for nothing: a stream has two of these in so many copies, more as it begins. */
+#define FAULTS_PER_CHECK	8
 #define WORD_BITS		64
 /* Of so many bytes the kernel maps the pages that are there at one read fault
  * (fault_around_bytes). */
@@ -50,6 +53,10 @@
 #define COLD_PER_RARE_CHECK	64
 /* A read is part of a stream if so many pages before it were read. */
 #define STREAM_PAGES		8
+/* A page that is read again brings all of its group to the page cache, if so many
+ * pages of that were read before.  A word has whole groups. */
+#define GROUP_PAGES		16
+#define GROUP_READ		4
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
 struct ul_map {
@@ -257,7 +264,7 @@ static bool map_is_resident(struct ul_map *m, uint64_t offset_bytes,
 	return true;
 }
 
-/* Has this thread waited for a page that was thought to be there? */
+/* Has this thread waited for pages that were thought to be there? */
 static void map_check_faults(struct ul_map *m)
 {
 	static __thread unsigned int nr_copies;
@@ -266,10 +273,11 @@ static void map_check_faults(struct ul_map *m)
 
 	if (++nr_copies % COPIES_PER_CHECK)
 		return;
-	if (getrusage(RUSAGE_THREAD, &usage) || usage.ru_majflt == nr_faults)
+	if (getrusage(RUSAGE_THREAD, &usage))
 		return;
+	if (usage.ru_majflt - nr_faults > FAULTS_PER_CHECK)
+		map_forget_all(m);
 	nr_faults = usage.ru_majflt;
-	map_forget_all(m);
 }
 
 /* ---- what map.h declares ---- */
@@ -389,6 +397,44 @@ bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
 		bits_set(m->read, page);
 	}
 	return is_first;
+}
+
+static uint64_t map_group(const struct ul_map *m, uint64_t offset_bytes)
+{
+	return map_page(m, offset_bytes) / GROUP_PAGES * GROUP_PAGES;
+}
+
+bool ul_map_wants_group(const struct ul_map *m, uint64_t offset_bytes,
+			uint64_t nr_bytes)
+{
+	uint64_t group = map_group(m, offset_bytes);
+	uint64_t bits;
+
+	if (!map_has(m, offset_bytes, nr_bytes) ||
+	    nr_bytes >= GROUP_PAGES << m->page_shift ||
+	    !bits_have(m->read, map_page(m, offset_bytes)))
+		return false;
+	bits = atomic_load_explicit(&m->read[group / WORD_BITS],
+				    memory_order_relaxed);
+	bits = bits >> group % WORD_BITS & ((1ULL << GROUP_PAGES) - 1);
+	return __builtin_popcountll(bits) >= GROUP_READ;
+}
+
+bool ul_map_read_group(const struct ul_map *m, int fd, uint64_t map_pos,
+		       uint64_t offset_bytes)
+{
+	return !readahead(fd,
+			  map_pos - m->lead_bytes +
+				  (map_group(m, offset_bytes) << m->page_shift),
+			  GROUP_PAGES << m->page_shift);
+}
+
+void ul_map_ask_group(struct ul_map *m, uint64_t offset_bytes)
+{
+	uint64_t group = map_group(m, offset_bytes);
+	uint64_t nr_pages = m->nr_pages - group;
+
+	map_ask(m, group, nr_pages < GROUP_PAGES ? nr_pages : GROUP_PAGES);
 }
 
 void ul_map_touch(struct ul_map *m, uint64_t offset_bytes, uint64_t nr_bytes)

@@ -23,6 +23,16 @@ char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
  * before it: a stream is not that, but for its beginning.  Any thread. */
 bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
 			  uint64_t nr_bytes);
+/* Whether a range is read again that has much around it that was read too: its group
+ * is 16 pages, of which it is a part.  Any thread. */
+bool ul_map_wants_group(const struct ul_map *map, uint64_t offset_bytes,
+			uint64_t nr_bytes);
+/* Have the page cache begin to read the group; map_pos: where in fd's file byte 0 is.
+ * False: it does not. */
+bool ul_map_read_group(const struct ul_map *map, int fd, uint64_t map_pos,
+		       uint64_t offset_bytes);
+/* Learn what of the group is resident. */
+void ul_map_ask_group(struct ul_map *map, uint64_t offset_bytes);
 /* Read a little of a range that was found.  A file in memory can be written then
  * without a fault for each page: the kernel maps 16 at a read fault, and one at a
  * write's.  Any thread that does not block SIGBUS. */

@@ -899,8 +899,11 @@ bool ul_target_has_map(const struct ul_target *t)
 void ul_target_note_async(const struct ul_target *t,
 			  const struct ul_request *req)
 {
-	if (t->map && !req->past_cache)
-		ul_map_note_resident(t->map, req->offset_bytes, req->nr_bytes);
+	if (!t->map || req->past_cache)
+		return;
+	ul_map_note_resident(t->map, req->offset_bytes, req->nr_bytes);
+	if (req->with_group)
+		ul_map_ask_group(t->map, req->offset_bytes);
 }
 
 int ul_target_direct_fd(const struct ul_target *t)
@@ -1023,8 +1026,23 @@ static int32_t auto_read_inline(const struct ul_target *t,
 static bool auto_reads_past_cache(struct ul_target *t,
 				  const struct ul_request *req)
 {
-	return t->config.direct_fd >= 0 && t->map && !req->is_shared &&
+	return !req->with_group && t->config.direct_fd >= 0 && t->map &&
+	       !req->is_shared &&
 	       ul_map_is_first_read(t->map, req->offset_bytes, req->nr_bytes);
+}
+
+/*
+ * To read a page by way of the page cache costs more than to read it directly, and
+ * little more if it is 16 of them.  So where some of these were read, and now one
+ * for the second time, the page cache reads all of them: this starts it.
+ */
+static bool auto_reads_group(const struct ul_target *t,
+			     const struct ul_request *req)
+{
+	return t->config.direct_fd >= 0 && t->map &&
+	       ul_map_wants_group(t->map, req->offset_bytes, req->nr_bytes) &&
+	       ul_map_read_group(t->map, t->config.fd, t->config.offset_bytes,
+				 req->offset_bytes);
 }
 
 /* To have its pages registered costs a read two commands, and saves it a copy by
@@ -1048,6 +1066,7 @@ static enum ul_rq_status auto_read(struct ul_target *t, struct ul_plug *plug,
 		req->res = auto_read_inline(t, req);
 		return UL_RQ_DONE;
 	case COLD_ASYNC:
+		req->with_group = auto_reads_group(t, req);
 		req->past_cache = auto_reads_past_cache(t, req);
 		req->registers = auto_read_registers(req);
 		return UL_RQ_ASYNC;
@@ -1319,6 +1338,7 @@ enum ul_rq_status ul_target_queue_rq(struct ul_target *t,
 
 	req->copied_in = false;
 	req->past_cache = false;
+	req->with_group = false;
 	req->registers = false;
 	if (target_refuses(t, req)) {
 		req->res = -EIO;

@@ -36,6 +36,7 @@ struct ul_request {
 	uint8_t			op;		/* R: UBLK_IO_OP_* */
 	bool			is_shared;	/* R: buffer is the client's */
 	bool			past_cache;	/* R: read by direct_fd */
+	bool			with_group;	/* R: read, and its group */
 	bool			registers;	/* R: UL_RQ_ASYNC by its pages */
 	bool			copied_in;	/* W: a WRITE's data is in buffer */
 	bool			attending;	/* W: Python has it */
