@@ -23,6 +23,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/magic.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -55,7 +56,7 @@
 #define STREAM_PAGES		8
 /* A page that is read again brings all of its group to the page cache, if so many
  * pages of that were read before.  A word has whole groups. */
-#define GROUP_PAGES		16
+#define GROUP_PAGES		16ULL
 #define GROUP_READ		4
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
