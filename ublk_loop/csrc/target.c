@@ -1033,8 +1033,8 @@ static bool auto_reads_past_cache(struct ul_target *t,
 
 /*
  * To read a page by way of the page cache costs more than to read it directly, and
- * little more if it is 16 of them.  So where some of these were read, and now one
- * for the second time, the page cache reads all of them: this starts it.
+ * 16 at once far less than one by one.  So where some of these were read, and now
+ * one for the second time, the page cache reads all of them: this starts it.
  */
 static bool auto_reads_group(const struct ul_target *t,
 			     const struct ul_request *req)
