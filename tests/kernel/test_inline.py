@@ -131,7 +131,7 @@ def test_page_written_behind_a_first_read_is_read_as_written(cold, pattern) -> N
     assert client.read(8 * MIB, 8 * KIB) == expected
 
 
-@pytest.mark.parametrize(("nr_read", "brings_all"), [(3, False), (4, True)])
+@pytest.mark.parametrize(("nr_read", "brings_all"), [(7, False), (8, True)])
 def test_page_read_again_brings_the_16_around_it_if_some_of_them_were_read(
     cold, pattern, nr_read: int, brings_all: bool
 ) -> None:

@@ -57,7 +57,7 @@
 /* A page that is read again brings all of its group to the page cache, if so many
  * pages of that were read before.  A word has whole groups. */
 #define GROUP_PAGES		16ULL
-#define GROUP_READ		4
+#define GROUP_READ		8
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
 struct ul_map {
