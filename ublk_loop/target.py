@@ -667,7 +667,7 @@ class StripeTarget(Target):
 
     @property
     def files(self) -> tuple[FileIdentity, ...]:
-        return tuple(part._identity for part in self._parts)
+        return tuple(file for part in self._parts for file in part.files)
 
     @property
     def can_discard(self) -> bool:

@@ -96,6 +96,13 @@ def test_kills_of_server_and_daemon_at_any_moment_lose_nothing_and_show_no_error
     assert [job["error"] for job in load.end().values()] == [0, 0]
 
 
+def _check_is_deleted(daemon: Daemon, dev_id: int, wait_until: WaitUntil) -> None:
+    """Wait until it is, and daemon and state folder know nothing of it any more."""
+    wait_until(lambda: list_dev_ids() == [], timeout_s=60)
+    wait_until(lambda: daemon.device(dev_id) is None, timeout_s=60)
+    assert state.read(dev_id) is None
+
+
 def _put_another_in_its_place(path: Path) -> Path:
     moved = path.rename(path.with_suffix(".moved"))
     with path.open("wb") as file:
@@ -121,9 +128,7 @@ def test_device_is_deleted_and_its_requests_fail_when_no_server_comes_in_time(
         os.kill(added["server_pid"], signal.SIGKILL)
         with pytest.raises(OSError, match="Input/output error"):
             block.read(1 << 20, 4096)
-    wait_until(lambda: list_dev_ids() == [], timeout_s=60)
-    wait_until(lambda: daemon.device(added["dev_id"]) is None, timeout_s=60)
-    assert state.read(added["dev_id"]) is None
+    _check_is_deleted(daemon, added["dev_id"], wait_until)
 
 
 def test_another_file_at_the_path_is_not_served_and_the_right_one_is_once_it_is_back(
@@ -199,9 +204,7 @@ def test_device_that_no_server_can_take_over_any_more_is_deleted_before_its_dead
             return
         with pytest.raises(OSError, match="Input/output error"):
             block.read(0, 4096)
-    wait_until(lambda: list_dev_ids() == [], timeout_s=60)
-    wait_until(lambda: daemon.device(dev_id) is None, timeout_s=60)
-    assert state.read(dev_id) is None
+    _check_is_deleted(daemon, dev_id, wait_until)
 
 
 def test_device_that_no_server_can_take_over_any_more_says_so_and_is_deleted_by_hand(
