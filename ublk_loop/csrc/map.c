@@ -57,7 +57,7 @@
 /* A page that is read again brings all of its group to the page cache, if so many
  * pages of that were read before.  A word has whole groups. */
 #define GROUP_PAGES		16ULL
-#define GROUP_READ		8
+#define GROUP_READ		12
 
 /* From create to destroy.  I: set at create.  A: atomic, any thread. */
 struct ul_map {
@@ -71,7 +71,9 @@ struct ul_map {
 						 * resident; may lose some */
 	_Atomic uint64_t	*read;		/* I: owned, behind resident; a
 						 * bit a page, A: read cold */
-	_Atomic uint64_t	*asked;		/* I: owned, behind read; a bit
+	_Atomic uint64_t	*again;		/* I: owned, behind read; a bit
+						 * a page, A: and once more */
+	_Atomic uint64_t	*asked;		/* I: owned, behind again; a bit
 						 * a word, A */
 	bool			in_memory;	/* I: a hole stays one */
 	_Atomic uint64_t	resident[];	/* A: a bit a page of bytes */
@@ -161,6 +163,7 @@ static void map_forget_all(struct ul_map *m)
 		atomic_store_explicit(&m->resident[word], 0,
 				      memory_order_relaxed);
 		atomic_store_explicit(&m->read[word], 0, memory_order_relaxed);
+		atomic_store_explicit(&m->again[word], 0, memory_order_relaxed);
 		atomic_store_explicit(&m->asked[word / WORD_BITS], 0,
 				      memory_order_relaxed);
 	}
@@ -317,7 +320,7 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 
 	if (!fd_is_local(fd))
 		return -EOPNOTSUPP;
-	m = calloc(1, sizeof(*m) + (2 * nr_words + nr_asked) *
+	m = calloc(1, sizeof(*m) + (3 * nr_words + nr_asked) *
 					   sizeof(m->resident[0]));
 	if (!m)
 		return -ENOMEM;
@@ -331,7 +334,8 @@ int ul_map_create(int fd, uint64_t offset_bytes, uint64_t nr_bytes,
 	/* mlockall(MCL_FUTURE) would pin every page that we touch. */
 	munlock(bytes, lead_bytes + nr_bytes);
 	m->read = m->resident + nr_words;
-	m->asked = m->read + nr_words;
+	m->again = m->read + nr_words;
+	m->asked = m->again + nr_words;
 	m->in_memory = in_memory;
 	m->bytes = bytes;
 	m->lead_bytes = lead_bytes;
@@ -383,21 +387,21 @@ static bool map_is_stream(const struct ul_map *m, uint64_t page)
 	return page;
 }
 
-bool ul_map_is_first_read(struct ul_map *m, uint64_t offset_bytes,
-			  uint64_t nr_bytes)
+bool ul_map_is_rarely_read(struct ul_map *m, uint64_t offset_bytes,
+			   uint64_t nr_bytes)
 {
 	uint64_t page = map_page(m, offset_bytes);
 	uint64_t end = map_page(m, offset_bytes + nr_bytes - 1) + 1;
-	bool is_first;
+	bool is_rare;
 
 	if (!map_has(m, offset_bytes, nr_bytes))
 		return false;
-	is_first = !map_is_stream(m, page);
+	is_rare = !map_is_stream(m, page);
 	for (; page < end; page++) {
-		is_first &= !bits_have(m->read, page);
-		bits_set(m->read, page);
+		is_rare &= !bits_have(m->again, page);
+		bits_set(bits_have(m->read, page) ? m->again : m->read, page);
 	}
-	return is_first;
+	return is_rare;
 }
 
 static uint64_t map_group(const struct ul_map *m, uint64_t offset_bytes)

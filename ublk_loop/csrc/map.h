@@ -19,10 +19,10 @@ void ul_map_destroy(struct ul_map *map);
 /* Where a range is, if reading or writing it needs no I/O, as far as is known;
  * else NULL.  For the kernel, or ul_map_copy(), to touch: see map.c. */
 char *ul_map_find(struct ul_map *map, uint64_t offset_bytes, uint64_t nr_bytes);
-/* Whether none of these pages was asked about here before, nor all of those right
- * before it: a stream is not that, but for its beginning.  Any thread. */
-bool ul_map_is_first_read(struct ul_map *map, uint64_t offset_bytes,
-			  uint64_t nr_bytes);
+/* Whether each of these pages was asked about here once at most, and not all of those
+ * right before it: a stream is not that, but for its beginning.  Any thread. */
+bool ul_map_is_rarely_read(struct ul_map *map, uint64_t offset_bytes,
+			   uint64_t nr_bytes);
 /* Whether a range is read again that has much around it that was read too: its group
  * is 16 pages, of which it is a part.  Any thread. */
 bool ul_map_wants_group(const struct ul_map *map, uint64_t offset_bytes,

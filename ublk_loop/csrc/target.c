@@ -18,8 +18,8 @@
  * of a file of the page cache is copied from or to its mapping (map.c).  A cold
  * read, and direct I/O, is the hctx's ring's (UL_RQ_ASYNC), but only where the
  * file system can do that without one of io_uring's own threads; in memory
- * (tmpfs) it is done inline.  The first read of a cold page goes past the page
- * cache, which it need not evict anything from.  A write is copied to the
+ * (tmpfs) it is done inline.  The first reads of a cold page go past the page
+ * cache, which they need not evict anything from.  A write is copied to the
  * mapping in memory, and on a disk where folios are known to be small; else
  * there it is an inline pwrite if it overwrites resident pages, or whole ones,
  * together with its neighbours in the batch.  Everything else
@@ -1018,8 +1018,9 @@ static int32_t auto_read_inline(const struct ul_target *t,
 }
 
 /*
- * What is read for the first time goes past the page cache, which is cheaper
- * and evicts nothing; what is read again, or is part of a stream, comes to it.
+ * What is read for the first or the second time goes past the page cache, which is
+ * cheaper and evicts nothing; what is read more often, or is part of a stream, comes
+ * to it.
  * Pages that are dirty are resident, so not asked for here; one that became so
  * meanwhile the file system writes out before it reads the disk.
  */
@@ -1028,7 +1029,7 @@ static bool auto_reads_past_cache(struct ul_target *t,
 {
 	return !req->with_group && t->config.direct_fd >= 0 && t->map &&
 	       !req->is_shared &&
-	       ul_map_is_first_read(t->map, req->offset_bytes, req->nr_bytes);
+	       ul_map_is_rarely_read(t->map, req->offset_bytes, req->nr_bytes);
 }
 
 /*
