@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path[:0] = [str(TOOLS)]
 
-from compare import cli, gate  # noqa: E402
+from compare import cli, gate, runner  # noqa: E402
 from compare.errors import CompareError  # noqa: E402
 from compare.goals import GOALS  # noqa: E402
 from compare.jobs import Job, Sample, parse_job, parse_report  # noqa: E402
@@ -28,8 +30,9 @@ from compare.results import (  # noqa: E402
     save,
     to_json,
 )
+from compare.runner import Group, Runner  # noqa: E402
 from compare.stats import geometric_mean, interval  # noqa: E402
-from compare.subjects import node_of, parse_subject  # noqa: E402
+from compare.subjects import Served, node_of, parse_subject  # noqa: E402
 from compare.tables import all_tables, markdown  # noqa: E402
 
 TWO_CPUS = Environment("7.3.4", 2, False, "fio-3.33")
@@ -264,3 +267,18 @@ def test_stored_baseline_has_the_cells_that_the_gate_measures() -> None:
         if subject != "loop"
     }
     assert set(gate.load_baseline().instructions) == names
+
+
+def test_each_cell_has_one_round_however_short_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def served(_: Runner, group: Group) -> Iterator[tuple[dict[str, Served], dict[str, Served]]]:
+        devices = {subject.name: Served("/dev/null", {}, 1) for subject in group.subjects}
+        yield devices, {}
+
+    monkeypatch.setattr(Runner, "_served", served)
+    monkeypatch.setattr(Runner, "_sample", lambda *_: Sample(1.0))
+    monkeypatch.setattr(runner, "run", lambda *_: None)
+    profile = without_kublk(PROFILES["latency"])
+    report = Runner(profile, 0, TWO_CPUS, None, lambda *_: None).run()
+    assert len(report.cells) == 2  # of two disks
+    assert [len(cell.rounds) for cell in report.cells] == [1, 1]

@@ -64,7 +64,11 @@ Examples:
 @click.option("--seconds", type=click.FloatRange(min=0.05), help="Length of one fio run.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Exactly so many rounds.")
 @click.option(
-    "--budget", type=float, default=PIECE_S, show_default=True, help="Seconds for each profile."
+    "--budget",
+    type=float,
+    default=PIECE_S,
+    show_default=True,
+    help="Seconds for each profile; each cell has one round in any case.",
 )
 @click.option("--kublk", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="The kernel's test server, to compare with.")  # fmt: skip

@@ -28,7 +28,7 @@ TOOLS = Path(__file__).resolve().parents[1]
 PROGRAM = TOOLS / "fio_compare.py"
 BOOT_S = 30
 ICOUNT_LIMIT_S = 1200
-OVERRUN_S = 120  # what a run under way, and taking down, may take beyond the budget
+OVERRUN_S = 300  # what the first round of each cell, and taking down, may take beyond the budget
 SPEC = "UBLK_LOOP_COMPARE"  # passed into the guest by tools/vm.py, as all of UBLK_LOOP_* is
 
 
