@@ -33,7 +33,7 @@ from .iothread import IoThread
 from .params import Params, params_for
 from .scheduler import set_scheduler
 from .shmem import MAX_FILES, SharedMemory
-from .state import DATA_FLAGS
+from .state import DATA_FLAGS, data_mode
 from .target import LoopTarget, NativeTarget, NullTarget, Target, check_methods, check_policy
 from .workqueue import Workqueue
 
@@ -169,8 +169,7 @@ class Device:
             check_policy(policy)
             check_methods(target)
             features = control.get_features()
-            best_data = target.best_data if policy == "auto" else "copy"
-            flags |= _data_flags(data, best_data, flags, features)
+            flags |= _data_flags(data, target, policy, flags, features)
             flags |= _shmem_flags(len(shared), data, target)
             flags |= _integrity_flags(data, flags, target)
             flags |= 0 if io_desc_bytes is None else uapi.UBLK_F_IO_DESC_SIZE
@@ -185,7 +184,7 @@ class Device:
             supported = SUPPORTED_FLAGS & ~(0 if copied else uapi.UBLK_F_SUPPORT_ZERO_COPY)
             if flags & ~supported:
                 raise ValueError(f"flags {flags & ~supported:#x} are not supported")
-            params = _params(target, max_io_buf_bytes, bool(flags & uapi.UBLK_F_AUTO_BUF_REG))
+            params = _params(target, max_io_buf_bytes, data_mode(flags) == "zerocopy")
             info = control.add_dev(
                 DevInfo(
                     nr_hw_queues=nr_hw_queues,
@@ -544,7 +543,7 @@ def _closed_on_error(target: Target, shared: Sequence[SharedMemory | None]) -> I
         raise
 
 
-def _data_flags(data: str, best: str, flags: int, features: int) -> int:
+def _data_flags(data: str, target: Target, policy: str, flags: int, features: int) -> int:
     # ``auto`` is the best for the target, as far as the driver's features allow.
     if data in DATA_FLAGS:
         return DATA_FLAGS[data]
@@ -553,11 +552,16 @@ def _data_flags(data: str, best: str, flags: int, features: int) -> int:
     # The driver refuses all but copy to a plain user, and drops NEED_GET_DATA for it. With a mode
     # in ``flags`` there is nothing to choose.
     denied = uapi.UBLK_F_UNPRIVILEGED_DEV | uapi.UBLK_F_NEED_GET_DATA | DATA_FLAGS["zerocopy"]
+    best = target.best_data if policy == "auto" else "copy"
     wanted = DATA_FLAGS[best]
     if flags & denied or wanted & ~features:
         return 0
-    # Large writes need no copy of ours where their pages can be registered one by one.
-    by_pages = uapi.UBLK_F_SUPPORT_ZERO_COPY if best == "usercopy" else 0
+    if best != "usercopy":
+        return wanted
+    # The client's pages are registered for what needs them: large writes, and reads of a disk.
+    by_pages = uapi.UBLK_F_SUPPORT_ZERO_COPY
+    if target.reads_past_cache:
+        by_pages |= uapi.UBLK_F_AUTO_BUF_REG
     return wanted | features & by_pages
 
 

@@ -77,9 +77,9 @@ def _check_scheduler(host: Host, known: Known) -> Iterator[Finding]:
 
 
 def _check_swap(host: Host, info: DevInfo) -> Iterator[Finding]:
-    # With AUTO_BUF_REG the disk below takes the client's own pages.
+    # With zero copy the disk below takes the client's own pages.
     swaps = [line.split()[0] for line in host.text("proc/swaps").splitlines()[1:] if line.strip()]
-    if f"/dev/ublkb{info.dev_id}" in swaps and not info.flags & uapi.UBLK_F_AUTO_BUF_REG:
+    if f"/dev/ublkb{info.dev_id}" in swaps and state.data_mode(info.flags) != "zerocopy":
         text = (
             f"dev {info.dev_id} is swap, and its server needs memory for each page that it writes:"
             " when the machine has none left, it hangs"

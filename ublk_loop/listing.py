@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import uapi
-from .state import DATA_FLAGS
+from .state import data_mode
 
 if TYPE_CHECKING:
     from .control import DevInfo
@@ -157,11 +157,6 @@ def verbose_text(info: DevInfo, params: Params, state: DeviceState | None) -> st
         document["policy"] = state.options.policy
         document["data"] = data_mode(info.flags)
     return json.dumps(document, indent=4, sort_keys=True)
-
-
-def data_mode(flags: int) -> str:
-    """Return how the data of a device with these UBLK_F_* goes, as ``ublk add --data`` names it."""
-    return next(mode for mode, bits in reversed(DATA_FLAGS.items()) if flags & bits == bits)
 
 
 def target_document(state: DeviceState) -> dict[str, Any]:

@@ -59,6 +59,14 @@ JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue
 Json: TypeAlias = "dict[str, JsonValue]"
 
 
+def data_mode(flags: int) -> str:
+    """Return how the data of a device with these UBLK_F_* goes: one of DATA_FLAGS."""
+    # With SUPPORT_ZERO_COPY the server says of which requests the ring gets the client's pages.
+    if flags & uapi.UBLK_F_SUPPORT_ZERO_COPY:
+        flags &= ~uapi.UBLK_F_AUTO_BUF_REG
+    return next(mode for mode, bits in reversed(DATA_FLAGS.items()) if flags & bits == bits)
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What each logical block has beside its data: ``nr_bytes``, and what is where in them.

@@ -138,6 +138,11 @@ class Target:
         return "copy"
 
     @property
+    def reads_past_cache(self) -> bool:
+        """Whether cold pages of its file are read from a disk to the client's, without a copy."""
+        return False
+
+    @property
     def integrity(self) -> IntegrityParams | None:
         """The metadata of its blocks, which need UBLK_F_INTEGRITY; None: they have none."""
         return None
@@ -445,6 +450,10 @@ class LoopTarget(Target):
         # usercopy: from and to the file's mapping, one copy where the driver's own needs a second.
         return "zerocopy" if self._is_direct_to_disk else "usercopy"
 
+    @property
+    def reads_past_cache(self) -> bool:
+        return self._is_mapped and not lib.ul_target_is_in_memory(self._fd)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -470,8 +479,7 @@ class LoopTarget(Target):
         config.dev_nr_bytes = self.size
         if self._is_direct_to_disk:
             config.flags = lib.UL_TARGET_DIRECT
-        elif self.size <= os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES:
-            # What cannot be resident as a whole is not worth its page tables (1/512 of it).
+        elif self._is_mapped:
             config.flags = lib.UL_TARGET_MAP
             config.direct_fd = self._open_direct()
         try:
@@ -479,6 +487,11 @@ class LoopTarget(Target):
         finally:
             if config.direct_fd >= 0:
                 os.close(config.direct_fd)
+
+    @property
+    def _is_mapped(self) -> bool:
+        # What cannot be resident as a whole is not worth its page tables (1/512 of it).
+        return not self._is_direct_to_disk and self.size <= os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES
 
     @property
     def _is_direct_to_disk(self) -> bool:

@@ -92,6 +92,35 @@ def test_random_read_next_to_a_page_that_was_read_leaves_the_page_cache_alone(
             assert not is_cached(path, offset)
 
 
+def test_request_whose_pages_the_ring_has_as_a_cold_read_was_expected_is_served_as_any_other(
+    cold, pattern
+) -> None:
+    path, _, client = cold
+    model = bytearray(pattern(16 * MIB))
+    expecting = iter(range(8 * MIB, 16 * MIB, 32 * KIB))
+    for _ in range(200):  # each tag fetches a request after one of these
+        offset = next(expecting)
+        assert client.read(offset, PAGE) == model[offset : offset + PAGE]
+    for number, nr_bytes in enumerate((512, PAGE, 12 * KIB, 64 * KIB, 256 * KIB, 512 * KIB)):
+        place = slice(number * MIB + 512, number * MIB + 512 + nr_bytes)
+        data = pattern(nr_bytes, seed=number + 1)
+        for whole in (model[place], data, data):  # cold, not there as it is written, there
+            offset = next(expecting)
+            assert client.read(offset, PAGE) == model[offset : offset + PAGE]
+            assert client.read(place.start, nr_bytes) == model[place]
+            offset = next(expecting)
+            assert client.read(offset, PAGE) == model[offset : offset + PAGE]
+            assert client.write(place.start, whole) == nr_bytes
+            model[place] = whole
+        client.flush()
+    offset = next(expecting)
+    assert client.read(offset, PAGE) == model[offset : offset + PAGE]
+    client.discard(7 * MIB, 64 * KIB)
+    model[7 * MIB : 7 * MIB + 64 * KIB] = bytes(64 * KIB)
+    assert client.read(0, 8 * MIB) == model[: 8 * MIB]
+    assert path.read_bytes() == model
+
+
 def test_page_that_another_program_wrote_is_read_as_written_where_all_else_is_cold(
     cold, pattern
 ) -> None:

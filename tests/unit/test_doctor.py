@@ -214,7 +214,8 @@ def test_swap_whose_server_needs_memory_to_take_a_page_is_a_warning(host: Host) 
     _write(host, "proc/swaps", "Filename Type Size Used Priority\n/dev/ublkb3 partition 8 0 -2\n")
     finding = _only(doctor_devices.check_device(host, Known(INFO, STATE)))
     assert (finding.severity, "--direct_io" in finding.fix) == (WARNING, True)
-    zero_copy = dataclasses.replace(INFO, flags=uapi.UBLK_F_AUTO_BUF_REG)
+    flags = uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG
+    zero_copy = dataclasses.replace(INFO, flags=flags)
     assert list(doctor_devices.check_device(host, Known(zero_copy, STATE))) == []
 
 

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from ublk_loop import listing, uapi
+from ublk_loop import listing, state, uapi
 from ublk_loop.control import DevInfo
 from ublk_loop.params import BasicParams, DevtParams, Params
 from ublk_loop.state import DeviceOptions, DeviceState, QueueState, TargetSpec
@@ -187,7 +187,12 @@ def test_state_does_not_belong_to_a_later_device_with_the_same_id(
         (uapi.UBLK_F_CMD_IOCTL_ENCODE, "copy"),
         (uapi.UBLK_F_USER_COPY, "usercopy"),
         (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_AUTO_BUF_REG, "zerocopy"),
+        (uapi.UBLK_F_USER_COPY | uapi.UBLK_F_SUPPORT_ZERO_COPY, "usercopy"),
+        (
+            uapi.UBLK_F_USER_COPY | uapi.UBLK_F_SUPPORT_ZERO_COPY | uapi.UBLK_F_AUTO_BUF_REG,
+            "usercopy",
+        ),
     ],
 )
 def test_data_mode_is_told_from_what_the_driver_granted(flags: int, mode: str) -> None:
-    assert listing.data_mode(flags) == mode
+    assert state.data_mode(flags) == mode

@@ -153,7 +153,8 @@ static bool batch_is_queued(const struct ul_batch *b)
 	return (int)(b->sq_tail - head) > 0;
 }
 
-void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res, uint64_t addr)
+void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res,
+		  uint16_t buf_index, uint64_t addr)
 {
 	struct batch_elem *elem;
 
@@ -162,7 +163,7 @@ void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res, uint64_t addr)
 		io_uring_submit(&b->ring->uring);
 	elem = (struct batch_elem *)(b->elems + b->nr_elems++ * b->elem_bytes);
 	elem->header.tag = tag;
-	elem->header.buf_index = b->buf_base + tag;
+	elem->header.buf_index = buf_index;
 	elem->header.result = res;
 	if (b->elem_bytes == sizeof(*elem))
 		elem->addr = addr;

@@ -14,7 +14,6 @@
 struct ul_batch {
 	struct ul_ring		*ring;		/* I: borrowed */
 	uint16_t		index;		/* I: of the hctx, on its thread */
-	uint16_t		buf_base;	/* I: see ul_hctx, with AUTO_BUF_REG */
 	char			*elems;		/* I: owned, [queue_depth] */
 	uint16_t		flags;		/* I: UBLK_BATCH_F_* */
 	unsigned int		elem_bytes;	/* I: header, address if copied */
@@ -34,8 +33,10 @@ int ul_batch_prepare(struct ul_batch *b);
 /* After the ring is gone. */
 void ul_batch_unprepare(struct ul_batch *b);
 
-/* Gather results, at most queue_depth, then queue one COMMIT of all. */
-void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res, uint64_t addr);
+/* Gather results, at most queue_depth, then queue one COMMIT of all.  buf_index, addr:
+ * for what the tag fetches next, with UBLK_F_AUTO_BUF_REG and without. */
+void ul_batch_add(struct ul_batch *b, uint16_t tag, int32_t res,
+		  uint16_t buf_index, uint64_t addr);
 void ul_batch_queue_commit(struct ul_batch *b);
 /* 0, or what was wrong with the answer to a COMMIT. */
 int ul_batch_handle_commit(struct ul_batch *b, const struct io_uring_cqe *cqe);

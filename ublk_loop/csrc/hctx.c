@@ -61,6 +61,7 @@ struct ul_hctx {
 	struct ul_plug		plug;		/* R: this batch's writes */
 	unsigned int		nr_fetched;	/* R: commands that fetch */
 	struct ul_run		reads;		/* R: not yet given to the ring */
+	bool			wants_pages;	/* R: the last read did */
 	struct iovec		*iovs;		/* I: owned, [nr_tags], of the */
 	unsigned int		nr_iovs;	/* R: sqes not yet submitted */
 	struct ul_batch		batch;		/* R: BATCH_IO */
@@ -77,12 +78,14 @@ static bool hctx_is_user_copy(const struct ul_hctx *h)
 	return h->config.dev_flags & UBLK_F_USER_COPY;
 }
 
-static bool hctx_is_zero_copy(const struct ul_hctx *h)
+/* The driver puts a request's pages into the ring's buffer table before we have it. */
+static bool hctx_is_auto_reg(const struct ul_hctx *h)
 {
 	return h->config.dev_flags & UBLK_F_AUTO_BUF_REG;
 }
 
-/* A tag's pages are put into the ring's buffer table where it asks for that. */
+/* It does so where it is asked to, which takes two commands more.  With both, it is
+ * told before each request whether to: see hctx_buf_index(). */
 static bool hctx_can_register(const struct ul_hctx *h)
 {
 	return h->config.dev_flags & UBLK_F_SUPPORT_ZERO_COPY;
@@ -103,7 +106,7 @@ static uint16_t hctx_driver_tag(const struct ul_request *req)
 
 static uint16_t hctx_batch_flags(const struct ul_hctx *h)
 {
-	if (hctx_is_zero_copy(h))
+	if (hctx_is_auto_reg(h))
 		return UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK;
 	return hctx_is_user_copy(h) ? 0 : UBLK_BATCH_F_HAS_BUF_ADDR;
 }
@@ -159,7 +162,6 @@ static int hctx_join_thread(struct ul_hctx *h)
 	h->buf_base = t->nr_tags;
 	h->batch.ring = &t->ring;
 	h->batch.index = h->index;
-	h->batch.buf_base = h->buf_base;
 	h->batch.q_id = h->config.q_id;
 	h->batch.flags = hctx_batch_flags(h);
 	ret = ul_batch_init(&h->batch, h->config.nr_tags);
@@ -171,7 +173,7 @@ static int hctx_join_thread(struct ul_hctx *h)
 		return ret;
 	}
 	t->nr_tags += h->config.nr_tags;
-	t->has_buf_table |= hctx_is_zero_copy(h) || hctx_can_register(h);
+	t->has_buf_table |= hctx_is_auto_reg(h) || hctx_can_register(h);
 	return 0;
 }
 
@@ -240,6 +242,16 @@ static uint64_t hctx_buffer_addr(const struct ul_hctx *h,
 	return (uint64_t)(uintptr_t)hctx_buffer(h, req->tag);
 }
 
+/* Of the pages of what a tag fetches next: they are worth it if that is a cold read,
+ * as it most likely is where the last read was one. */
+static uint16_t hctx_buf_index(const struct ul_hctx *h,
+			       const struct ul_request *req)
+{
+	if (hctx_can_register(h) && !h->wants_pages)
+		return UBLK_AUTO_BUF_REG_NONE;
+	return h->buf_base + req->tag;
+}
+
 static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 			   uint32_t opcode)
 {
@@ -253,8 +265,8 @@ static void hctx_queue_cmd(struct ul_hctx *h, struct ul_request *req,
 	cmd->tag = hctx_driver_tag(req);
 	cmd->result = req->res;
 	cmd->addr = hctx_buffer_addr(h, req);
-	if (hctx_is_zero_copy(h))
-		sqe->addr = ublk_auto_buf_reg_addr(h->buf_base + req->tag,
+	if (hctx_is_auto_reg(h))
+		sqe->addr = ublk_auto_buf_reg_addr(hctx_buf_index(h, req),
 						   UBLK_AUTO_BUF_REG_FALLBACK);
 }
 
@@ -387,7 +399,7 @@ static int hctx_fetch_all(struct ul_hctx *h)
 		struct ul_request *req = &h->requests[tag];
 
 		if (hctx_is_batch(h))
-			ul_batch_add(&h->batch, tag, 0,
+			ul_batch_add(&h->batch, tag, 0, hctx_buf_index(h, req),
 				     hctx_buffer_addr(h, req));
 		else
 			hctx_queue_cmd(h, req, UBLK_U_IO_FETCH_REQ);
@@ -415,7 +427,7 @@ void ul_hctx_unprepare(struct ul_hctx *h)
 
 bool ul_hctx_is_registered(const struct ul_request *req)
 {
-	return req->registers || (hctx_is_zero_copy(req->hctx) &&
+	return req->registers || (hctx_is_auto_reg(req->hctx) &&
 				  !(req->op_flags & UBLK_IO_F_NEED_REG_BUF));
 }
 
@@ -536,7 +548,7 @@ void ul_hctx_commit(struct ul_hctx *h, struct ul_request *req)
 		h->stats.nr_errors++;
 	if (hctx_is_batch(h))
 		ul_batch_add(&h->batch, req->tag, req->res,
-			     hctx_buffer_addr(h, req));
+			     hctx_buf_index(h, req), hctx_buffer_addr(h, req));
 	else
 		hctx_queue_cmd(h, req, UBLK_U_IO_COMMIT_AND_FETCH_REQ);
 }
@@ -576,6 +588,7 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 	const struct ublksrv_io_desc *desc =
 		(const void *)(h->descs + (size_t)hctx_driver_tag(req) *
 						  h->config.io_desc_bytes);
+	enum ul_rq_status status;
 
 	if (hctx_leaves_to_next(h))
 		return;
@@ -587,7 +600,10 @@ static void hctx_handle_request(struct ul_hctx *h, struct ul_request *req)
 	h->stats.nr_inflight++;
 	h->thread->nr_requests++;
 	hctx_count(h, req);
-	switch (ul_target_queue_rq(h->target, h->wq, &h->plug, req)) {
+	status = ul_target_queue_rq(h->target, h->wq, &h->plug, req);
+	if (req->op == UBLK_IO_OP_READ)
+		h->wants_pages = req->past_cache;
+	switch (status) {
 	case UL_RQ_DONE:
 		h->stats.nr_inline++;
 		ul_hctx_commit(h, req);

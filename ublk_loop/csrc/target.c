@@ -1169,8 +1169,8 @@ static void auto_plug_write(struct ul_target *t, struct ul_plug *plug,
 
 /* Of more than a chunk, a copy saved is worth the thread of io_uring's that then
  * writes the page cache of ext4 (others take it without waiting). */
-static bool auto_registers(const struct ul_target *t,
-			   const struct ul_request *req)
+static bool auto_writes_from_pages(const struct ul_target *t,
+				   const struct ul_request *req)
 {
 	return t->cold == COLD_ASYNC && req->nr_bytes > CHUNK_BYTES &&
 	       ul_hctx_can_register(req);
@@ -1233,9 +1233,10 @@ static enum ul_rq_status auto_write(struct ul_target *t, struct ul_plug *plug,
 		if (t->folios && !is_fresh && !ul_hctx_pins_pages(req))
 			ul_folios_note_large(t->folios, req->offset_bytes,
 					     req->nr_bytes);
-		req->registers = auto_registers(t, req);
-		if (req->registers)
+		if (auto_writes_from_pages(t, req)) {
+			req->registers = !ul_hctx_is_registered(req);
 			return UL_RQ_ASYNC;
+		}
 		req->res = auto_write_by_chunks(t, req, is_fresh);
 		return UL_RQ_DONE;
 	}

@@ -200,6 +200,8 @@ struct ublk_auto_buf_reg {
 };
 
 #define UBLK_AUTO_BUF_REG_FALLBACK	(1U << 0)
+/* In no table: with FALLBACK, nothing is registered. */
+#define UBLK_AUTO_BUF_REG_NONE		0xffff
 
 static inline uint64_t ublk_auto_buf_reg_addr(uint16_t index, uint8_t flags)
 {
