@@ -63,7 +63,7 @@ EOF
 
 # guest KERNEL [OPTION...]: the kernel tests in a guest.
 guest() {
-    python3 tools/vm.py --vm --timeout 2100 --kernel "$@" -- "${kernel_pytest[@]}"
+    python3 tools/vm.py --vm --timeout 3600 --kernel "$@" -- "${kernel_pytest[@]}"
 }
 
 room_for_two_guests() {
